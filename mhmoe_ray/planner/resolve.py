@@ -17,7 +17,6 @@ from mhmoe_ray.planner.adapt import BATCH_KEYS
 from mhmoe_ray.planner.match import SEARCH_LIMIT, SOLVED_KEYS, MatchSpec, solve_match
 from mhmoe_ray.planner.papers import paper_presets
 from mhmoe_ray.planner.presets import FAMILIES, SIZES, Preset, SizeName, Tree
-from mhmoe_ray.planner.search import choose_settings
 from mhmoe_ray.planner.sizes import dense_width
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, ReferenceSpec, RunSpec, validate_section
 from mhmoe_ray.spec.base import Section
@@ -93,6 +92,11 @@ def resolve_spec(tree: Tree, label: str, fill_tree: Callable[[Tree, str], Tree] 
     if has_preset and not has_own_batches and not spec.data.parts:
         # Presets have micro-batches of few sequences, with which a GPU mostly waits for launches of kernels.
         spec.train.model_fields_set.difference_update(BATCH_KEYS)
+    if not spec.cluster.gpus_per_worker:
+        return spec
+    # The search imports most of the planner, which a spec of a run on CPUs does not need.
+    from mhmoe_ray.planner.search import choose_settings
+
     return choose_settings(spec)[0]
 
 
