@@ -20,7 +20,7 @@ from mhmoe_ray.model.attention import document_offsets
 from mhmoe_ray.planner.match import matched_heads
 from mhmoe_ray.planner.presets import FAMILIES, Size
 from mhmoe_ray.planner.sizes import compute_sizes
-from mhmoe_ray.spec import DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
+from mhmoe_ray.spec import ClusterSpec, DataSpec, ModelSpec, RunSpec, SourceSpec, TrainSpec
 from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
 
@@ -68,7 +68,7 @@ class StepCase:
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.spec = spec
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        mesh = build_mesh(spec.cluster, ["here"] * world_size, device.type)
+        mesh = build_mesh(spec.cluster, rank_nodes(spec.cluster, world_size), device.type)
         self.trainer = Trainer(spec, mesh, device)
         shape = (spec.train.micro_batches, spec.train.micro_batch_size, spec.data.seq_len + 1)
         token_MBT = torch.randint(spec.model.vocab_size, shape, generator=torch.Generator().manual_seed(spec.seed))
@@ -91,6 +91,15 @@ class StepCase:
         sums = self.trainer.accumulate(self.batches)
         self.trainer.update(sums)
         return sums.loss / sums.targets
+
+
+def rank_nodes(cluster: ClusterSpec, world_size: int | None = None) -> list[str]:
+    """Return the names of the ranks' nodes: one for all or, with hierarchical dispatch, which needs several, one each.
+
+    `world_size` is by default the largest one.
+    """
+    count = world_size or cluster.max_world_size
+    return [f"node {rank}" for rank in range(count)] if cluster.dispatch == "hierarchical" else ["here"] * count
 
 
 def measure(

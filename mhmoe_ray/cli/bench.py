@@ -1,8 +1,8 @@
 """`mhmoe bench`: measurements that are compared side by side within one command.
 
 `layer` and `serve` have files of their own. This file has the other commands: `train` times whole training steps of
-models of equal work; `run` the overhead of Ray in training; `loss` the output layer with its loss; `count` counts the
-work of a step as on a GPU.
+models of equal work; `plan` steps beside the planner's estimates; `run` the overhead of Ray in training; `loss` the
+output layer with its loss; `count` counts the work of a step as on a GPU.
 """
 
 import os
@@ -67,6 +67,44 @@ def train(
     models = [f.as_json() for f in figures]
     data = {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "models": models}
     tables.print_results([(title, tables.steps_table(figures))], json, data)
+
+
+def plan(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of a few steps of every setting.")] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Time training steps of four models in up to ten settings at one and two ranks, beside the planner's estimates.
+
+    The estimates come from ceilings of this CPU that are measured in the same rounds: matrix products, copies, and
+    exchanges between two ranks of one thread. The share of the peak that products reach and the time of a small
+    operation are fitted on two further models. The last line has the rank correlation of estimates and medians. A round
+    takes two to three minutes on two cores. With --json the table goes to stderr.
+    """
+    from mhmoe_ray.bench.plan import CALIBRATION_MODELS, CALIBRATION_SETTINGS, MODELS, SETTINGS, build_specs, measure
+    from mhmoe_ray.bench.timing import cpu_name
+
+    calibration_specs = build_specs(CALIBRATION_MODELS, CALIBRATION_SETTINGS)
+    figures = measure(build_specs(MODELS, SETTINGS), calibration_specs, rounds, print_note)
+    rows = []
+    for case, estimated_seconds in figures.estimated.items():
+        seconds = median(figures.measured[case])
+        times = (format_seconds(estimated_seconds), format_seconds(seconds), f"{estimated_seconds / seconds:.2f}")
+        rows.append((*case, *times))
+    settings = [
+        {"model": case[0], "setting": case[1], "estimated": figures.estimated.get(case), "seconds": seconds}
+        for case, seconds in figures.measured.items()
+    ]
+    table = number_table(["model", "setting", "estimated", "measured", "ratio"], rows, names=["model", "setting"])
+    title = f"{cpu_name()}, ranks of 1 thread; medians of {rounds} interleaved rounds"
+    correlations = {model: figures.rank_correlation(model) for model in MODELS}
+    by_model = ", ".join(f"{model} {value:.2f}" for model, value in correlations.items())
+    conclusion = (
+        f"rank correlation of all {len(rows)} settings: {figures.rank_correlation():.3f}; of those of {by_model}"
+    )
+    calibrations = {world: calibration._asdict() for world, calibration in figures.calibrations.items()}
+    data = {"machine": cpu_name(), "rounds": rounds, "calibrations": calibrations, "settings": settings}
+    data |= {"rank_correlation": figures.rank_correlation(), "rank_correlations": correlations}
+    tables.print_results([(title, table), conclusion], json, data)
 
 
 def run(
@@ -212,13 +250,14 @@ def use_worker_memory(context: typer.Context) -> None:
     # Layers and training steps should take as long as in a training run, so this process needs the memory allocator's
     # settings of a training worker. The allocator reads its settings only when a process starts, so this process is
     # replaced by one with these settings.
-    timed_commands = ("layer", "train", "loss")
+    timed_commands = ("layer", "train", "plan", "loss")
     if context.invoked_subcommand in timed_commands and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
 
 app.command("layer")(bench_layer.layer)
 app.command("train")(train)
+app.command("plan")(plan)
 app.command("loss")(loss)
 app.command("run")(run)
 app.command("count")(count)

@@ -5,7 +5,8 @@ the shares of the peak and of the memory bandwidth that they reach. A backward c
 experts, only the weights count as bytes, read once per forward. The time of an exchange between ranks has two terms.
 One is bytes over bandwidth, for the most loaded rank on the slowest class of links. The other is the latency of the
 messages that a rank sends one after another. Kernels are launched one after another, ahead of the GPU. If the launches
-take longer than the computation, the GPU waits for them.
+take longer than the computation, the GPU waits for them. On a CPU the launches come on top, as the fixed time of each
+operation (`launch_seconds`).
 
 The estimate leaves out norms, routing and permutation of rows, recomputation that only `moe.recompute` asks for, the
 data stream, checkpoints, stragglers, congestion, and routing that is not uniform. For encoders and vision models it
@@ -148,7 +149,9 @@ def compute_times(spec: RunSpec, tokens: float) -> tuple[list[StepTime], list[St
         expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
         times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
     launch_seconds = micro_batches * plan_of(model).launches(spec) * accelerator.launch_seconds
-    waiting_seconds = launch_seconds - sum(time.seconds for time in times)
+    # Only a GPU computes while further kernels are launched.
+    hidden_seconds = sum(time.seconds for time in times) if spec.cluster.gpus_per_worker else 0
+    waiting_seconds = launch_seconds - hidden_seconds
     if waiting_seconds > 0:
         times.append(StepTime(LAUNCH_WAIT, waiting_seconds, LAUNCHES))
     state = compute_memory(spec)

@@ -4,6 +4,7 @@ import pytest
 
 from mhmoe_ray.planner.estimate import estimate_step_time, exchange_time
 from mhmoe_ray.planner.expert_step import expert_step
+from mhmoe_ray.planner.kernels import launches_per_micro_batch
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.parts import STEP_PARTS
 from mhmoe_ray.planner.placement import build_layout, hypothetical_nodes, pack_workers, single_node_layout
@@ -98,6 +99,16 @@ def test_compute_time_is_the_longer_of_flops_and_bytes():
     assert dense.bound == "memory bandwidth"
     state = compute_memory(bound_by_bytes)
     assert update.seconds == pytest.approx((2 * state.weights + 2 * state.moments + state.gradients) / 500)
+
+
+def test_a_cpu_does_not_compute_during_launches():
+    accelerator = {"launch_seconds": 1e-3, "bfloat16_flops": 1e6}
+    waits = {}
+    for gpus in (0, 1):
+        spec = spec_of(accelerator=accelerator, gpus_per_worker=gpus)
+        times = estimate_step_time(spec, two_nodes(spec)).compute_times
+        waits[gpus] = [time.seconds for time in times if time.name == "waiting for launches"]
+    assert waits == {0: [pytest.approx(1e-3 * launches_per_micro_batch(spec_of()))], 1: []}
 
 
 @pytest.mark.parametrize("tied", [True, False])
