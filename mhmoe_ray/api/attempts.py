@@ -8,10 +8,10 @@ from typing import Any
 
 from mhmoe_ray.api.connection import check_placement, connect_to_train
 from mhmoe_ray.api.defaults import OnNote, ignore_note
+from mhmoe_ray.api.placement import choose_at
 from mhmoe_ray.cluster import jobs
 from mhmoe_ray.cluster.connect import LOCAL, connect_recorded, dashboard_command
 from mhmoe_ray.cluster.dashboard import RetryingCaller, is_loopback
-from mhmoe_ray.cluster.nodes import total_nodes
 from mhmoe_ray.cluster.runs import (
     QUIET_SECONDS,
     Outcome,
@@ -27,7 +27,7 @@ from mhmoe_ray.cluster.submissions import record_settings
 from mhmoe_ray.errors import ClusterError, JobError, RunError, TokenError
 from mhmoe_ray.planner.adapt import changed_keys, format_keys
 from mhmoe_ray.planner.memory import compute_memory
-from mhmoe_ray.planner.search import MEMORY_SHARE, choose_settings
+from mhmoe_ray.planner.search import MEMORY_SHARE
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import Attempt, RunDir, create_run, last_attempt
 from mhmoe_ray.runs.jsonl import Tail
@@ -66,7 +66,7 @@ def start_run(
     """
     connection = connect_to_train(spec, address, on_note)
     # All keys of an ended run's spec are set, so none is chosen anew.
-    spec, chosen_keys = choose_settings(spec, total_nodes(connection, spec.cluster.domain_label))
+    spec, chosen_keys = choose_at(spec, connection)
     check_placement(spec.cluster, connection)
     if changes := changed_keys(spec, chosen_keys):
         on_note(f"chosen for its GPUs: {' '.join(format_keys(changes))}")

@@ -5,11 +5,11 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
-from mhmoe_ray.cluster.connect import connect_if_running
+from mhmoe_ray.cluster.connect import Connection, connect_if_running
 from mhmoe_ray.cluster.nodes import free_nodes, total_nodes
 from mhmoe_ray.errors import ClusterError
 from mhmoe_ray.planner.adapt import Keys
-from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, pack_workers, place_workers
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, nodes_on_paper, pack_workers, place_workers
 from mhmoe_ray.planner.search import choose_settings
 from mhmoe_ray.planner.traffic import has_rails
 from mhmoe_ray.spec import RunSpec
@@ -56,7 +56,7 @@ def planned_placement(spec: RunSpec, nodes: int, gpus: int) -> Placement:
     """Return the placement of a run's ranks on a hypothetical cluster of `nodes` equal nodes with `gpus` GPUs each."""
     domain_size = spec.cluster.network.nodes_per_domain
     domain_text = f", {domain_size} to a domain" if domain_size else ", all in one domain"
-    planned_nodes = hypothetical_nodes(nodes, gpus * spec.cluster.cpus_per_worker, gpus, domain_size)
+    planned_nodes = nodes_on_paper(spec.cluster, nodes, gpus)
     description = (
         f"on paper: {_format_nodes(nodes)} of {gpus} GPU{'s' if gpus > 1 else ''}{domain_text if nodes > 1 else ''}"
     )
@@ -82,12 +82,17 @@ def forecast_placement(spec: RunSpec, address: str | None = None, on_note: OnNot
 
 def choose_for_cluster(spec: RunSpec, address: str | None = None) -> tuple[RunSpec, Keys]:
     """Return what `choose_settings` returns for the cluster on which the run would start, if one is running."""
-    nodes: list[Node] = []
     # A cluster that does not answer is reported by the forecast.
     with suppress(ClusterError):
-        connection = connect_if_running(address) if spec.cluster.gpus_per_worker else None
-        nodes = total_nodes(connection, spec.cluster.domain_label) if connection else []
-    return choose_settings(spec, nodes)
+        if connection := connect_if_running(address):
+            return choose_at(spec, connection)
+    return choose_settings(spec)
+
+
+def choose_at(spec: RunSpec, connection: Connection) -> tuple[RunSpec, Keys]:
+    """Return what `choose_settings` returns for all nodes of a cluster."""
+    needs_nodes = spec.cluster.gpus_per_worker > 0
+    return choose_settings(spec, total_nodes(connection, spec.cluster.domain_label) if needs_nodes else ())
 
 
 def spec_for_layout(spec: RunSpec, layout: Layout) -> RunSpec:

@@ -197,6 +197,11 @@ def place_workers(nodes: Sequence[Node], cluster: ClusterSpec, workers: int) -> 
     return plan_workers(nodes, cluster.cpus_per_worker, cluster.gpus_per_worker, workers, cluster.ep)
 
 
+def nodes_on_paper(cluster: ClusterSpec, nodes: int, gpus: int) -> list[Node]:
+    """Return equal nodes with CPUs for a worker on each GPU, in the domains of `cluster.network`."""
+    return hypothetical_nodes(nodes, gpus * cluster.cpus_per_worker, gpus, cluster.network.nodes_per_domain)
+
+
 def hypothetical_nodes(nodes: int, cpus: int, gpus: int, nodes_per_domain: int | None = None) -> list[Node]:
     """Return equal nodes of a cluster that need not exist; without `nodes_per_domain` they are in one domain."""
     domains = [f"domain{i // nodes_per_domain}" if nodes_per_domain else "" for i in range(nodes)]

@@ -25,7 +25,7 @@ from mhmoe_ray.planner.adapt import (
 )
 from mhmoe_ray.planner.estimate import UPDATE, Estimate, compute_times, estimate_step_time, exchange_time
 from mhmoe_ray.planner.memory import compute_memory
-from mhmoe_ray.planner.placement import Layout, Node, build_layout, hypothetical_nodes, place_workers
+from mhmoe_ray.planner.placement import Layout, Node, build_layout, nodes_on_paper, place_workers
 from mhmoe_ray.planner.traffic import dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
@@ -153,10 +153,7 @@ def choose_on_paper(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, Keys
 
 def on_paper(spec: RunSpec, nodes: int, gpus: int) -> tuple[RunSpec, list[Node]]:
     """Return the spec with a worker on each GPU of equal nodes, and these nodes."""
-    cluster = spec.cluster
-    return on_gpus(spec, nodes * gpus), hypothetical_nodes(
-        nodes, gpus * cluster.cpus_per_worker, gpus, cluster.network.nodes_per_domain
-    )
+    return on_gpus(spec, nodes * gpus), nodes_on_paper(spec.cluster, nodes, gpus)
 
 
 def candidate_settings(
@@ -269,14 +266,9 @@ def _layout(spec: RunSpec, nodes: Sequence[Node]) -> Layout:
     cluster = spec.cluster
     rank_nodes = place_workers(nodes, cluster, cluster.max_world_size)
     if len(rank_nodes) < cluster.max_world_size:
-        rank_nodes = place_workers(_assumed_nodes(spec), cluster, cluster.max_world_size)
+        assumed_nodes = nodes_on_paper(cluster, -(-cluster.max_world_size // NODE_GPUS), NODE_GPUS)
+        rank_nodes = place_workers(assumed_nodes, cluster, cluster.max_world_size)
     return build_layout(rank_nodes, cluster.ep)
-
-
-def _assumed_nodes(spec: RunSpec) -> list[Node]:
-    cluster = spec.cluster
-    count = -(-cluster.max_world_size // NODE_GPUS)
-    return hypothetical_nodes(count, NODE_GPUS * cluster.cpus_per_worker, NODE_GPUS, cluster.network.nodes_per_domain)
 
 
 def _clusters(spec: RunSpec, free_keys: Collection[str]) -> list[Pairs]:

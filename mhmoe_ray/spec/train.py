@@ -105,9 +105,8 @@ class TrainSpec(Section):
     GPUs the default is chosen to fit."""
     loss_chunk_rows: TokenCount | None = None
     """Number of tokens whose logits are in memory at a time, for the loss; by default all tokens of a micro-batch, and
-    on GPUs chosen to fit. The logits of all tokens and their gradients are several
-    times micro_batch_size * seq_len * vocab_size values. With a number, the gradient of the output layer is summed over
-    chunks in float32."""
+    on GPUs chosen to fit. The logits of all tokens and their gradients are several times micro_batch_size * seq_len *
+    vocab_size values. With a number, the gradient of the output layer is summed over chunks in float32."""
     compile: bool = False
     """If true, torch.compile compiles each block, except for the products of experts, which have kernels of their own,
     and the exchange of rows between ranks. Equal blocks share the compiled code. The model must draw no random numbers,
