@@ -219,7 +219,7 @@ def publish(staging: StagingDirectory, folder: Location) -> None:
     if isinstance(result, ObjectPath) or isinstance(folder, ObjectPath):
         assert isinstance(result, ObjectPath)
         assert isinstance(folder, ObjectPath)
-        _publish_objects(result, folder, staging.shared_path.name.rpartition("-")[2])
+        _publish_objects(staging, result, folder)
         return
     # Killed workers may have left partial files.
     remove_partial_files(result)
@@ -232,27 +232,33 @@ def publish(staging: StagingDirectory, folder: Location) -> None:
             raise
 
 
-def _publish_objects(result: ObjectPath, folder: ObjectPath, settings_hash: str) -> None:
-    """Copy a result within its store, the manifest last."""
+def _publish_objects(staging: StagingDirectory, result: ObjectPath, folder: ObjectPath) -> None:
+    """Copy a result within its store, the manifest last, unless another job's manifest is there already."""
     # Jobs with equal settings copy equal objects, so they need no order among themselves. Of jobs with other settings,
     # the one that announced itself first goes on. Each waits before it looks, so that it sees all earlier ones.
-    announcement = folder / f"{PUBLISHING_PREFIX}{settings_hash}"
-    if not announcement.exists():
-        announcement.touch()
-        time.sleep(ANNOUNCEMENT_SECONDS)
-    announcements = sorted(folder.glob(f"{PUBLISHING_PREFIX}*"), key=lambda path: (path.stat().st_mtime, path.name))
-    if announcements[0] != announcement:
-        announcement.unlink(missing_ok=True)
-        reason = "a job with other settings publishes its result there, or was killed while it did"
-        raise DataError(f"prepared data {folder}", reason, "set data.prepared to another folder, or remove this one")
-    files = sorted(result.tree_sizes())
-    with ThreadPoolExecutor(COPIERS) as threads:
-        copied_files = [file for file in files if file != MANIFEST_FILE]
-        for _ in threads.map(lambda file: (result / file).copy_to(folder / file), copied_files):
-            pass
+    prefix = f"{PUBLISHING_PREFIX}{staging.shared_path.name.rpartition('-')[2]}-"
+    announcement = folder / f"{prefix}{staging.job_path.name}"
+    announcement.touch()
+    time.sleep(ANNOUNCEMENT_SECONDS)
+    announcements = []
+    for path in folder.glob(f"{PUBLISHING_PREFIX}*"):
+        with suppress(FileNotFoundError):
+            announcements.append((path.stat().st_mtime, path.name))
+    # The announcements are read before this check: they are removed only after a manifest is there.
     if not (folder / MANIFEST_FILE).exists():
+        if not min(announcements)[1].startswith(prefix):
+            announcement.unlink(missing_ok=True)
+            reason = "a job with other settings publishes its result there, or was killed while it did"
+            fix = "set data.prepared to another folder, or remove this one"
+            raise DataError(f"prepared data {folder}", reason, fix)
+        copied_files = [file for file in sorted(result.tree_sizes()) if file != MANIFEST_FILE]
+        with ThreadPoolExecutor(COPIERS) as threads:
+            for _ in threads.map(lambda file: (result / file).copy_to(folder / file), copied_files):
+                pass
         (result / MANIFEST_FILE).copy_to(folder / MANIFEST_FILE)
-    announcement.unlink(missing_ok=True)
+    # Killed jobs may have left announcements. With the manifest, no job needs one.
+    for announcement in folder.glob(f"{PUBLISHING_PREFIX}*"):
+        announcement.unlink(missing_ok=True)
 
 
 def clean_up(folder: Location) -> None:
