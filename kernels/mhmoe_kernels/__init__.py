@@ -10,7 +10,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     K  experts per row (top-k)                     E  experts of the stack
     R  routed rows, N * K                          F  hidden width of an expert
     I  input width of a matrix                     O  output width of a matrix
-    P  rows including a kernel's padding
+    P  rows including a kernel's padding           Z  rank of an adapter
 
     abilities.py        limits of each kernel, without torch
     choice.py           table of the kernels that `auto` chooses on GPUs, without torch
@@ -20,6 +20,7 @@ Shape suffixes, here and in mhmoe_ray.model:
     cpu.py              instruction level of the CPU
     reference.py        readable reference for tests, and GShard's static routing for comparison
     operators.py        kernels as operators of torch
+    adapted.py          experts with frozen weights and low-rank adapters
     grouped/            each expert once on its contiguous rows, with hand-written backwards
     megablocks.py       MegaBlocks' sort, histogram and copies around a grouped GEMM; CUDA only
     packed.py           experts for inference on CPUs: a row's result does not depend on other rows
@@ -45,11 +46,12 @@ if TYPE_CHECKING:
     from mhmoe_kernels.choice import TRITON_KERNELS
     from mhmoe_kernels.permutation import RoutePlan, add_routes, combine, permute, plan_routes, widen
     from mhmoe_kernels.triton import fused_logits, fused_routing, plan_received
-    from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
+    from mhmoe_kernels.weights import Adapted, ExpertWeights, Function, GeluSubln, Swiglu
 
 __all__ = [
     "BACKENDS",
     "TRITON_KERNELS",
+    "Adapted",
     "ExpertWeights",
     "Function",
     "GeluSubln",

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_kernels import cpp, megablocks, triton
+from mhmoe_kernels import adapted, cpp, megablocks, triton
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.choice import TRITON_KERNELS, ExpertSizes, Purpose, gpu_kernels, limit_reason
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
 from mhmoe_kernels.packed import run_padded
 from mhmoe_kernels.permutation import Plan, copy_to_device, plan_routes
 from mhmoe_kernels.reference import run_capacity, run_reference
-from mhmoe_kernels.weights import ExpertWeights
+from mhmoe_kernels.weights import Adapted, ExpertWeights
 
 if TYPE_CHECKING:
     from mhmoe_kernels.triton.operators import SortedRoutes
@@ -47,6 +47,7 @@ class Backend(NamedTuple):
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(run_reference),
     "grouped": Backend(run_grouped, run_sorted=run_sorted),
+    "adapted": Backend(adapted.run_adapted, run_sorted=adapted.run_sorted),
     "cpp": Backend(cpp.run, cpp.unavailable_reason, cpp.run_sorted),
     "padded": Backend(run_padded, has_backward=False),
     "capacity": Backend(run_capacity),
@@ -72,7 +73,7 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
     reason = BACKENDS[name].unavailable_reason(device)
     if reason or sizes is None:
         return reason
-    # `padded` is not a kernel that a spec can name, so the table of limits (`KERNELS`) does not contain it.
+    # `padded` and `adapted` are no kernels that a spec can name, so the table of limits (`KERNELS`) lacks them.
     limits_reason = next((limit_reason(kernel, sizes) for kernel in KERNELS if kernel == name), None)
     return limits_reason or BACKENDS[name].refusal(device, sizes)
 
@@ -113,6 +114,8 @@ def choose_kernel(name: str, x_ND: Tensor, weights: ExpertWeights, expert_capaci
 
     Static routing without a capacity is treated as `auto`. `x_ND` has the dtype in which experts get rows.
     """
+    if isinstance(weights.function, Adapted):
+        return "adapted"
     if name != "auto" and (expert_capacity is not None or name not in STATIC_BACKENDS):
         return name
     purpose: Purpose = "training" if torch.is_grad_enabled() else "inference"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.grouped import run_grouped, run_sorted
-from mhmoe_kernels.weights import ExpertWeights, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, GeluSubln, Swiglu
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """Function (x_RI, w_EOI) -> y_RO: F.linear of sorted rows with their experts' matrices."""
@@ -30,6 +30,7 @@ def run_grouped_gemm(x_RD: Tensor, weights: ExpertWeights, matmul: Matmul) -> Te
     if isinstance(weights.function, Swiglu):
         gate_EFD, up_EFD, down_EDF = weights.stacked
         return matmul(F.silu(matmul(x_RD, gate_EFD)) * matmul(x_RD, up_EFD), down_EDF)
+    assert isinstance(weights.function, GeluSubln)
     return _gelu_subln(matmul, weights.function.eps, x_RD, *weights.stacked)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.permutation import combine, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
 
 # If the number of rows of a product is a multiple of this number, BLAS adds the terms of all rows in the same order
 # (see the docstring of this module).
@@ -99,6 +99,7 @@ def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
         gate_FD, up_FD, down_DF = weights
         return partial(_swiglu, PackedMatrix(torch.cat([gate_FD, up_FD])), PackedMatrix(down_DF))
     fc1_FD, fc1_bias_F, norm_weight_F, norm_bias_F, fc2_DF, fc2_bias_D = weights
+    assert isinstance(function, GeluSubln)
     shape, eps = norm_weight_F.shape, function.eps
     norm = partial(F.layer_norm, normalized_shape=shape, weight=norm_weight_F, bias=norm_bias_F, eps=eps)
     return partial(_gelu_subln, PackedMatrix(fc1_FD, fc1_bias_F), norm, PackedMatrix(fc2_DF, fc2_bias_D))

@@ -1,12 +1,29 @@
 """The functions that experts compute, and the weights of several experts, stacked along the first dimension."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mhmoe_kernels.abilities import ExpertFunction
+
+
+class LowRankSum(NamedTuple):
+    """Matrix with a low-rank adapter, W + scale * B A."""
+
+    weight_OI: Tensor
+    a_ZI: Tensor
+    b_OZ: Tensor
+    scale: float
+
+
+def _linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Multiply rows by a matrix, which may be a `LowRankSum`."""
+    if not isinstance(weight_OI, LowRankSum):
+        return F.linear(x_NI, weight_OI, bias_O)
+    y_NO = F.linear(x_NI, weight_OI.weight_OI, bias_O)
+    return y_NO + F.linear(F.linear(x_NI, weight_OI.a_ZI), weight_OI.b_OZ) * weight_OI.scale
 
 
 @dataclass(frozen=True)
@@ -16,7 +33,7 @@ class Swiglu:
     name: ClassVar[ExpertFunction] = "swiglu"
 
     def __call__(self, x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-        return F.linear(F.silu(F.linear(x_ND, gate_FD)) * F.linear(x_ND, up_FD), down_DF)
+        return _linear(F.silu(_linear(x_ND, gate_FD)) * _linear(x_ND, up_FD), down_DF)
 
 
 @dataclass(frozen=True)
@@ -39,12 +56,37 @@ class GeluSubln:
     ) -> Tensor:
         # The code of arXiv 2404.15045 computes GELU in float32. torch does the same for narrower dtypes and rounds
         # once, so no cast is needed.
-        gelu_NF = F.gelu(F.linear(x_ND, fc1_FD, fc1_bias_F))
+        gelu_NF = F.gelu(_linear(x_ND, fc1_FD, fc1_bias_F))
         normed_NF = F.layer_norm(gelu_NF, norm_weight_F.shape, norm_weight_F, norm_bias_F, self.eps)
-        return F.linear(normed_NF, fc2_DF, fc2_bias_D)
+        return _linear(normed_NF, fc2_DF, fc2_bias_D)
 
 
-Function = Swiglu | GeluSubln
+@dataclass(frozen=True)
+class Adapted:
+    """Function whose matrices have low-rank adapters (LoRA, arXiv 2106.09685), or whose weights are only frozen.
+
+    Its arguments are those of the function, and then A and B of each adapter, [rank, in] and [out, rank].
+    """
+
+    function: Swiglu | GeluSubln
+    positions: tuple[int, ...]
+    """Positions of the adapters' matrices among the function's weights."""
+    scale: float
+
+    @property
+    def name(self) -> ExpertFunction:
+        return self.function.name
+
+    def __call__(self, x_ND: Tensor, *weights: Tensor) -> Tensor:
+        count = len(weights) - 2 * len(self.positions)
+        summed_weights, adapters = list(weights[:count]), iter(weights[count:])
+        for position in self.positions:
+            summed = LowRankSum(weights[position], next(adapters), next(adapters), self.scale)
+            summed_weights[position] = cast("Tensor", summed)
+        return self.function(x_ND, *summed_weights)
+
+
+Function = Swiglu | GeluSubln | Adapted
 """Function (x_ND, *weights) -> y_ND of an expert or a dense layer, for any N, including 0."""
 
 

@@ -20,8 +20,9 @@ from mhmoe_ray.checkpoint.format import (
     read_into,
     stored_slices,
 )
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest, removed_error
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest, removed_error, stored_manifest
 from mhmoe_ray.errors import CheckpointError
+from mhmoe_ray.model.adapter import MatrixSum, add_adapters, matrix_sums
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import ModelSpec, RunSpec
@@ -74,11 +75,16 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Read tensors of these shapes like `load_tensors`, in the dtypes in which they are stored."""
     index = read_index(folder) if index is None else index
-    # A missing tensor has no dtype here; `load_tensors` raises the error for it.
-    dtypes = {name: index[name][0].dtype if name in index else None for name in shapes}
-    tensors = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+    tensors = empty_tensors(shapes, index)
     load_tensors(folder, tensors, index=index)
     return tensors
+
+
+def empty_tensors(shapes: Mapping[str, Sequence[int]], index: SliceIndex) -> dict[str, Tensor]:
+    """Return uninitialized tensors in the dtypes in which they are stored."""
+    # A missing tensor has no dtype here; `load_tensors` raises the error for it.
+    dtypes = {name: index[name][0].dtype if name in index else None for name in shapes}
+    return {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
 
 
 def read_index(folder: Location) -> SliceIndex:
@@ -113,6 +119,43 @@ def _report_removal(folder: Location) -> Iterator[None]:
 
 def _mismatch_error(folder: Location, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder.parent}", reason, "use the model section that it was written with")
+
+
+class WeightsReader:
+    """Reader of the weights of a checkpoint. Those of a checkpoint with an adapter are sums of base and adapter."""
+
+    def __init__(self, checkpoint: Location) -> None:
+        """Read the headers of a checkpoint that `read_manifest` has verified."""
+        manifest = stored_manifest(checkpoint)
+        self._folder = self._adapter_folder = checkpoint / "weights"
+        self._sums: dict[str, list[MatrixSum]] = {}
+        if manifest.adapter is not None:
+            self._folder = checkpoint.with_name(manifest.adapter.base) / "weights"
+            with torch.device("meta"):
+                model = Decoder(manifest.model)
+                add_adapters(model, manifest.adapter.spec)
+            for name, matrix_sum in matrix_sums(model):
+                self._sums.setdefault(name, []).append(matrix_sum)
+            self._adapter_index = read_index(self._adapter_folder)
+            self._shapes = {name: p.shape for name, p in model.trained_parameters().items()}
+        self.index = read_index(self._folder)
+        """Stored slices of the weights without an adapter."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill full tensors like `load_tensors`."""
+        load_tensors(self._folder, tensors, index=self.index)
+        for name, tensor in tensors.items():
+            for matrix_sum in self._sums.get(name, ()):
+                names = (matrix_sum.a_name, matrix_sum.b_name)
+                shapes = {name: self._shapes[name] for name in names}
+                adapter = read_tensors(self._adapter_folder, shapes, self._adapter_index)
+                matrix_sum.add_to(tensor, *(adapter[name].to(tensor.device) for name in names))
+
+    def read(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Read full tensors like `read_tensors`."""
+        tensors = empty_tensors(shapes, self.index)
+        self.load(tensors)
+        return tensors
 
 
 class StatefulObjective(Protocol):
@@ -157,7 +200,12 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     # AdamW counts updates, which may be fewer than steps, because a skipped step makes no update.
     strategy.start_at_step(manifest.updates)
     weights, moments = strategy.checkpoint_weights(), strategy.checkpoint_moments()
-    load_tensors(checkpoint / "weights", weights, trainer.on_progress)
+    if trainer.spec.train.adapter:
+        base = checkpoint.with_name(manifest.adapter.base) if manifest.adapter else checkpoint
+        load_tensors(base / "weights", strategy.frozen_weights(), trainer.on_progress)
+    # An adapter begins with its initial values.
+    if manifest.adapter or not trainer.spec.train.adapter:
+        load_tensors(checkpoint / "weights", weights, trainer.on_progress)
     if manifest.has_moments:
         buffers = strategy.model.training_buffers()
         load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
@@ -193,7 +241,7 @@ def inference_decoder(spec: ModelSpec) -> Decoder:
 
 def load_for_inference(model: M, checkpoint: Location) -> M:
     """Load a checkpoint that `read_manifest` has verified into an uninitialized model, ready for inference."""
-    load_tensors(checkpoint / "weights", _for_inference(model).named_tensors())
+    WeightsReader(checkpoint).load(_for_inference(model).named_tensors())
     return model
 
 

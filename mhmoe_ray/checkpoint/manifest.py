@@ -19,10 +19,15 @@ optim/. Its checkpoint manifest has the token ids that end a text in addition to
 The checkpoint of step 0 of a run with a `start` section has full tensors too, in the dtype of the model that the run
 starts from. It has optim/ only if `start.optimizer` is true.
 
+Of a run with `train.adapter`, weights/ and optim/ of all later checkpoints have the adapter alone. Its base is the
+checkpoint of step 0, whose weights all readers add to it (`WeightsReader` in load.py).
+
 A directory is never written twice: readers take every *.safetensors in it, so files of two saves would silently load as
 a mix. For the same reason a directory must hold exactly the files of the manifest.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -33,6 +38,7 @@ from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import parse_json
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec.adapter import AdapterSpec
 from mhmoe_ray.storage import (
     Describe,
     FileEntry,
@@ -49,6 +55,16 @@ PARTS = ("weights", "optim")
 
 
 _FIX = "use another checkpoint of the run"
+
+
+class AdapterRecord(BaseModel):
+    """Adapter in a checkpoint, and the base that it adapts."""
+
+    spec: AdapterSpec
+    base: str
+    """Name of the base, which is another checkpoint of the same run."""
+    base_sha256: str
+    """`CheckpointManifest.weights_sha256` of the base."""
 
 
 class CheckpointManifest(BaseModel):
@@ -76,6 +92,8 @@ class CheckpointManifest(BaseModel):
     ep: int
     """World size and expert-parallel size of the writers; any others can load the checkpoint."""
     model: ModelSpec
+    adapter: AdapterRecord | None = None
+    """The adapter that the checkpoint has in place of weights; None for a checkpoint with all weights."""
     seq_len: int
     ends: list[int] = []
     """Token ids that end a text in addition to those of the tokenizer (`data.tokenizer.boundaries`): an imported folder
@@ -95,6 +113,12 @@ class CheckpointManifest(BaseModel):
     def has_moments(self) -> bool:
         """True if the checkpoint has the optimizer's moments."""
         return any(name.startswith("optim/") for name in self.files)
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the names and contents of the files with weights."""
+        hashes = {name: entry.sha256 for name, entry in self.files.items() if name.startswith("weights/")}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     @property
     def updates(self) -> int:
@@ -140,6 +164,11 @@ def read_manifest(
         raise removed_error(checkpoint) from e
     if problem:
         raise CheckpointError(f"checkpoint {checkpoint}", problem, _FIX)
+    if manifest.adapter and "weights" in parts:
+        base_manifest = read_manifest(checkpoint.with_name(manifest.adapter.base), ("weights",), describe)
+        if base_manifest.weights_sha256 != manifest.adapter.base_sha256:
+            reason = f"its base {manifest.adapter.base} has other weights than those it was trained on"
+            raise CheckpointError(f"checkpoint {checkpoint}", reason, "restore the base")
     return manifest
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group, stored_manifest
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, remove_tree, sync
@@ -41,6 +41,8 @@ class RetentionPolicy:
         # A replica of an application or a worker of a batch inference may start again at any time, and then loads the
         # checkpoint again.
         names_in_use = events.checkpoints_in_use(events.read(self._run))
+        if checkpoints and (adapter := stored_manifest(checkpoints[-1]).adapter):
+            names_in_use |= {adapter.base}
         return [
             path
             for path in checkpoints[: -self._newest_count]

@@ -22,7 +22,14 @@ from torch import Tensor
 
 from mhmoe_ray.checkpoint.format import Slice, file_name, local_slice, write_slices
 from mhmoe_ray.checkpoint.load import TrainerState
-from mhmoe_ray.checkpoint.manifest import PARTS, CheckpointManifest, checkpoint_name, commit
+from mhmoe_ray.checkpoint.manifest import (
+    PARTS,
+    AdapterRecord,
+    CheckpointManifest,
+    checkpoint_name,
+    commit,
+    stored_manifest,
+)
 from mhmoe_ray.checkpoint.retention import RetentionPolicy, delete_checkpoint
 from mhmoe_ray.data.shards.manifest import data_digest
 from mhmoe_ray.errors import CheckpointError, StorageError
@@ -139,6 +146,11 @@ class Saver:
         has_tokenizer = trainer.spec.model.family.has_tokenizer
         self._tokenizer_sha256 = describe_file(run.tokenizer_file).sha256 if has_tokenizer else None
         self._classes_sha256 = None if has_tokenizer else describe_file(run.classes_file).sha256
+        self._adapter: AdapterRecord | None = None
+        if trainer.spec.train.adapter:
+            base = run.checkpoints / checkpoint_name(0, 0)
+            base_sha256 = stored_manifest(base).weights_sha256
+            self._adapter = AdapterRecord(spec=trainer.spec.train.adapter, base=base.name, base_sha256=base_sha256)
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -240,6 +252,7 @@ class Saver:
             world=trainer.mesh.world_size,
             ep=trainer.mesh.ep,
             model=spec.model,
+            adapter=self._adapter,
             seq_len=spec.data.seq_len,
             ends=self._ends,
             adds_start=self._adds_start,

@@ -45,7 +45,7 @@ def build_optimizer(
     # where other parameters are sharded, or be sharded over fewer ranks.
     expert_names, decayed_names = set(expert_parameters(model)), matrix_names(model)
     parameters_by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.trained_parameters().items():
         parameters_by_kind.setdefault((name in expert_names, name in decayed_names), []).append(parameter)
     groups = [
         {"params": p, "weight_decay": spec.weight_decay * has_decay} for (_, has_decay), p in parameters_by_kind.items()

@@ -1,21 +1,27 @@
 """Feed-forward modules: the dense layer and the stack of experts. Both compute the same function of a row."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import ExpertWeights, choose_kernel, run_experts
+from mhmoe_kernels import ExpertWeights, Function, choose_kernel, run_experts
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.autocast import cast_for_autocast
 from mhmoe_ray.model.held import local_shard
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from mhmoe_ray.model.adapter import ModuleAdapter
+
 
 class CastingModule(nn.Module):
     """Module that casts its parameters itself, because autocast skips custom operations."""
+
+    function: Function
+    adapter: "ModuleAdapter | None" = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mhmoe_ray.model.adapter import MARK, is_adapter
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.feedforward import Experts
 from mhmoe_ray.model.held import is_dtensor, local_shard, shard_offset
@@ -28,6 +29,7 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | router | as nn.Linear; X-MoE's expert embeddings orthogonal, gain 0.32 |
     | gain of the rows of router smear | 0.01, as in its authors' code |
     | norms | 1, bias 0 |
+    | adapters | A as nn.Linear, B 0 (arXiv 2106.09685) |
     | convolutions of detectors | as nn.Conv2d |
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
 
@@ -83,7 +85,7 @@ def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor
 def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator) -> Tensor:
     t = torch.empty(template.shape, dtype=template.dtype)
     _fill_initial_values(module, name, t, generator)
-    return modules_of(model.spec).rescale_initial(name, t, layers=model.spec.layers)
+    return t if is_adapter(name) else modules_of(model.spec).rescale_initial(name, t, layers=model.spec.layers)
 
 
 def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: torch.Generator) -> None:
@@ -91,7 +93,11 @@ def _fill_initial_values(module: nn.Module, name: str, t: Tensor, generator: tor
     # The module and the last part of the name tell what a tensor is. The earlier parts may be any words, such as the
     # names of tasks.
     tensor_name = name.rpartition(".")[2]
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm) or tensor_name.startswith("norm_"):
+    if tensor_name.startswith(f"{MARK}b"):
+        nn.init.zeros_(t)
+    elif tensor_name.startswith(MARK):
+        nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) or tensor_name.startswith("norm_"):
         nn.init.constant_(t, 0.0 if "bias" in tensor_name else 1.0)
     elif tensor_name == "log_temperature":
         nn.init.constant_(t, math.log(INITIAL_TEMPERATURE - MIN_TEMPERATURE))

@@ -102,6 +102,10 @@ class Trunk(nn.Module, ABC):
         tensors = (*self.named_parameters(), *self.named_buffers())
         return {name: t.detach() for name, t in tensors if name not in training_buffers}
 
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that training updates: those of an adapter, or all."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
     def tensors_by_layer(self) -> list[dict[str, Tensor]]:
         """Return the `named_tensors` in groups: those outside the blocks, then those of each block."""
         groups: list[dict[str, Tensor]] = [{} for _ in range(1 + self.spec.layers)]

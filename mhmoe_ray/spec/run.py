@@ -75,6 +75,7 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
+        self._check_adapter()
         check_parts(self)
         if self.model.encoder is None and self.train.masking != MaskingSpec():
             raise ValueError("train.masking is for a model with an encoder, and would be ignored: remove it")
@@ -104,6 +105,21 @@ class RunSpec(Section):
                     f"({workers}), so that every worker gets equally many"
                 )
         return self
+
+    def _check_adapter(self) -> None:
+        if self.train.adapter is None:
+            return
+        if self.start is None:
+            raise ValueError("train.adapter adapts the weights of another model: name it in start.from")
+        if self.start.optimizer:
+            raise ValueError(
+                "start.optimizer is true, but train.adapter has no earlier moments: remove start.optimizer"
+            )
+        if self.cluster.strategy.startswith("zero"):
+            raise ValueError(
+                f"train.adapter is for strategies ddp, fsdp and hybrid, and cluster.strategy is {self.cluster.strategy}"
+            )
+        self.train.adapter.check(self.model)
 
     def _check_dense(self) -> None:
         if self.cluster.ep > 1:

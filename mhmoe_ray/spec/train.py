@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from mhmoe_ray.spec.adapter import AdapterSpec
 from mhmoe_ray.spec.base import OptionalStepCount, Precision, SampleCount, Section, StepCount, TokenCount, unmeasured
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -88,6 +89,8 @@ class TrainSpec(Section):
     """M: number of micro-batches in one optimizer step, over all workers together, whatever their number."""
     micro_batch_size: SampleCount
     """b: number of sequences in one micro-batch."""
+    adapter: AdapterSpec | None = None
+    """Adapter that is trained while the weights of `start.from` stay frozen; by default all weights are trained."""
     masking: MaskingSpec = MaskingSpec()
     """Shares of texts and images that are hidden from an encoder, which has to predict them."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"

@@ -199,10 +199,14 @@ def _check(repetition: Repetition, folder: Location) -> ResumeCheck:
             copy_file(file, repeated_run.path / file.name)
     if start and start_manifest:
         # Worker groups of the repetition count from 1, so their checkpoints are newer than that of group 0.
-        copy = repeated_run.checkpoints / checkpoint_name(start_manifest.step, 0)
-        for name in (*start_manifest.files, MANIFEST):
-            with (start / name).open("rb") as source, create_file(copy / name) as target:
-                shutil.copyfileobj(source, target, _COPY_BYTES)
+        copied_checkpoints = {checkpoint_name(start_manifest.step, 0): start}
+        if start_manifest.adapter:
+            copied_checkpoints[start_manifest.adapter.base] = start.with_name(start_manifest.adapter.base)
+        for copy_name, checkpoint in copied_checkpoints.items():
+            for name in (*stored_manifest(checkpoint).files, MANIFEST):
+                copy = repeated_run.checkpoints / copy_name / name
+                with (checkpoint / name).open("rb") as source, create_file(copy) as target:
+                    shutil.copyfileobj(source, target, _COPY_BYTES)
     start_name = start.name if start else None
     first_step, last_step = repetition.first_step, repetition.last_step
     CheckRequest.print_line(f"repeating steps {first_step:,} to {last_step:,} from {start_name or 'the start'}")

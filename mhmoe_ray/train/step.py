@@ -15,6 +15,7 @@ from mhmoe_ray.distributed.build import build_dispatch, build_strategy
 from mhmoe_ray.distributed.dispatch.exchange import SentBytes, Stopwatch, WaitTimer, flat_row_bytes
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.errors import JobError, SpecError
+from mhmoe_ray.model.adapter import add_adapters
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise
@@ -88,6 +89,8 @@ class Trainer:
         # of them.
         with torch.device("meta"):
             self.model = build_model(spec.computed_model, mesh.expert_ids(moe.experts) if moe else None)
+            if spec.train.adapter:
+                add_adapters(self.model, spec.train.adapter)
         self.model.recompute = spec.train.recompute
         if spec.train.residual_precision == "bfloat16":
             self.model.residual_dtype = torch.bfloat16
@@ -225,7 +228,7 @@ class Trainer:
             dist.all_reduce(count_LE)
         for layer, count_E in zip(self.model.moe_layers(), count_LE, strict=True):
             router = cast("Router", layer.router)
-            if moe.bias_rate:
+            if moe.bias_rate and not self.spec.train.adapter:
                 router.bias_E.copy_(updated_bias(router.bias_E, count_E, moe.bias_rate))
             if moe.balance_over == "step":
                 router.share_E.copy_(count_E / count_E.sum())

@@ -117,6 +117,14 @@ def train_and_save(spec: RunSpec, run: Path, steps: int, nodes: list[str] | None
     save_checkpoint(RunDir(run), trainer)
 
 
+def continue_and_save(spec: RunSpec, run: Path, checkpoint: Path, steps: int) -> None:
+    """Train `steps` further steps from a checkpoint, and save another one in the run directory `run`."""
+    trainer = build_trainer(spec)
+    restore(trainer, checkpoint, read_manifest(checkpoint))
+    train(spec, trainer, steps)
+    save_checkpoint(RunDir(run), trainer)
+
+
 def train(spec: RunSpec, trainer: Trainer, steps: int) -> None:
     """Train the next `steps` steps."""
     for step in range(trainer.step, trainer.step + steps):

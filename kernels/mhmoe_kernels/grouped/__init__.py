@@ -16,7 +16,7 @@ from torch import Tensor
 from mhmoe_kernels.grouped.gelu import GELU
 from mhmoe_kernels.grouped.swiglu import SWIGLU
 from mhmoe_kernels.permutation import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, GeluSubln, Swiglu
 
 RunSorted = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 """Function (x_RD, count_E, weights) -> y_RD, like `run_sorted`."""
@@ -43,4 +43,5 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     recompute = weights.recompute if torch.is_grad_enabled() else 1.0
     if isinstance(weights.function, Swiglu):
         return SWIGLU(x_RD, count_E, (recompute,), weights.stacked)
+    assert isinstance(weights.function, GeluSubln)
     return GELU(x_RD, count_E, (weights.function.eps, recompute), weights.stacked)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhmoe_ray.checkpoint.format import SliceIndex
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, computed_function
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
 from mhmoe_ray.checkpoint.huggingface.files import open_tensors
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
-from mhmoe_ray.checkpoint.load import read_index, read_tensors
+from mhmoe_ray.checkpoint.load import WeightsReader
 from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.model.decoder import Decoder
@@ -88,10 +87,10 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
     if not manifest.model.family.predicts_next_token:
         reason = f"its model is {manifest.model.family.title}, and only decoders are compared"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "verify it alone: leave out the second model")
-    index = read_index(checkpoint / "weights")
+    weights = WeightsReader(checkpoint)
     entries = tensor_entries(manifest.model)
     entry_of = {name: entry for group in entries for entry in group for name in entry.exported_names}
-    names = {name for name, entry in entry_of.items() if entry.checkpoint_name in index}
+    names = {name for name, entry in entry_of.items() if entry.checkpoint_name in weights.index}
     # A tensor may be exported in several parts, which callers read one after another. The parts of the tensor that was
     # loaded last are kept, so that it is loaded only once.
     last_parts: dict[str, Tensor] = {}
@@ -99,15 +98,15 @@ def _open_checkpoint(checkpoint: Location) -> StoredModel:
     def read(name: str) -> Tensor:
         if name not in last_parts:
             last_parts.clear()
-            last_parts.update(_read_entry(checkpoint, entry_of[name], index))
+            last_parts.update(_read_entry(weights, entry_of[name]))
         return last_parts[name]
 
     return StoredModel(f"checkpoint {checkpoint}", manifest.model, manifest.seq_len, entries, names, read)
 
 
-def _read_entry(checkpoint: Location, entry: TensorEntry, index: SliceIndex) -> dict[str, Tensor]:
+def _read_entry(weights: WeightsReader, entry: TensorEntry) -> dict[str, Tensor]:
     """Read one tensor of a checkpoint, and return the exported tensors into which it is split, by name."""
-    tensors = read_tensors(checkpoint / "weights", {entry.checkpoint_name: entry.shape}, index)
+    tensors = weights.read({entry.checkpoint_name: entry.shape})
     return entry.split(tensors[entry.checkpoint_name])
 
 

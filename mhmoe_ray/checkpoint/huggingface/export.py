@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhmoe_ray.checkpoint.format import SliceIndex
 from mhmoe_ray.checkpoint.huggingface.adapters import choose_adapter
 from mhmoe_ray.checkpoint.huggingface.config import (
     CONFIG,
@@ -29,7 +28,7 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import (
     tokenizer_config,
     tokenizer_identity,
 )
-from mhmoe_ray.checkpoint.load import read_index, read_tensors
+from mhmoe_ray.checkpoint.load import WeightsReader
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
@@ -81,13 +80,13 @@ def _write_folder(
     groups = tensor_entries(manifest.model, adapter.name_replacements)
     # The files are read before anything is written, because errors of reading and of writing have different messages.
     with report_read_errors(f"checkpoint {checkpoint}", "repair its storage, or use another one"):
-        index = read_index(checkpoint / "weights")
+        weights = WeightsReader(checkpoint)
         template = tokenizer.parent / CHAT_TEMPLATE
         file_contents = {
             file.name: file.read_bytes() for file in (tokenizer, template) if file == tokenizer or file.exists()
         }
-    dtypes = {name: slices[0].dtype for name, slices in index.items()}
-    names = write_files(folder, _exported_groups(checkpoint, groups, index), len(groups))
+    dtypes = {name: slices[0].dtype for name, slices in weights.index.items()}
+    names = write_files(folder, _exported_groups(checkpoint, groups, weights), len(groups))
     loaded_tokenizer = load_tokenizer(tokenizer, manifest.model.vocab_size)
     change_tokenizer = add_start_token if manifest.adds_start else remove_start_token
     file_contents[tokenizer.name] = change_tokenizer(file_contents[tokenizer.name])
@@ -132,11 +131,11 @@ def _write_folder(
 
 
 def _exported_groups(
-    checkpoint: Location, groups: list[list[TensorEntry]], index: SliceIndex
+    checkpoint: Location, groups: list[list[TensorEntry]], weights: WeightsReader
 ) -> Iterator[dict[str, Tensor]]:
     """Load a checkpoint's tensors group by group, and yield the exported tensors of each group by name."""
     for group in groups:
         with report_read_errors(f"checkpoint {checkpoint}", "repair its storage, or use another one"):
             shapes = {e.checkpoint_name: e.shape for e in group}
-            tensors = read_tensors(checkpoint / "weights", shapes, index)
+            tensors = weights.read(shapes)
         yield {name: part for e in group for name, part in e.split(tensors.pop(e.checkpoint_name)).items()}

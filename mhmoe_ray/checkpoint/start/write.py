@@ -9,7 +9,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.format import SUFFIX, Slice, write_slices
 from mhmoe_ray.checkpoint.huggingface.hub import local_folder
 from mhmoe_ray.checkpoint.huggingface.import_ import open_groups
-from mhmoe_ray.checkpoint.load import read_index, read_tensors
+from mhmoe_ray.checkpoint.load import WeightsReader, read_index, read_tensors
 from mhmoe_ray.checkpoint.manifest import (
     PARTS,
     CheckpointManifest,
@@ -117,8 +117,9 @@ def _open_groups(start_model: StartModel, stack: ExitStack) -> Iterator[dict[str
 def _checkpoint_groups(checkpoint: Location, spec: ModelSpec) -> Iterator[dict[str, Tensor]]:
     with torch.device("meta"):
         model = build_model(spec)
+    weights = WeightsReader(checkpoint)
     for group in model.tensors_by_layer():
-        yield read_tensors(checkpoint / "weights", {name: t.shape for name, t in group.items()})
+        yield weights.read({name: t.shape for name, t in group.items()})
 
 
 def _write_moments(folder: Location, spec: RunSpec, start_model: StartModel) -> dict[str, FileEntry]:

@@ -269,6 +269,8 @@ class _OnePassFunction(torch.autograd.Function):
         shared = settings.shared_pass(tensors)
         shared_outputs = shared.forward()
         x_WD, gate_W1 = (exchange.wait() for exchange in pending)
+        # A pass computes the gradients of the tensors that require one.
+        gate_W1.requires_grad_()
         run = partial(settings.run_received, plan_received(one_pass.received_PX, len(x_WD)))
         expert_pass = InnerPass(run, (gate_W1, *tensors[: settings.weight_count]), settings.differentiable)
         y_WD = expert_pass.forward(x_WD)
@@ -290,6 +292,7 @@ class _OnePassFunction(torch.autograd.Function):
         shared.backward(dy_shared)
         dx_WD = expert_pass.backward(pending.wait())
         dgate_W1, *dstacked = expert_pass.dweights
+        assert dgate_W1 is not None
         gradients = ctx.one_pass.send_back([dx_WD, dgate_W1], len(dy_RD))
         return None, None, *gradients, *dstacked, *shared.gradients
 
@@ -333,7 +336,8 @@ class _TwoPassesFunction(torch.autograd.Function):
         restore_saved([own_pass, received_pass, *shared.passes], list(ctx.saved_tensors))
         compute_shared = partial(shared.backward, dy_shared)
         dx_RD = ctx.round_trip(dy_RD.contiguous(), own_pass.backward, received_pass.backward, compute_shared)
-        dstacked = (a.add_(b) for a, b in zip(own_pass.dweights, received_pass.dweights, strict=True))
+        dweights = zip(own_pass.dweights, received_pass.dweights, strict=True)
+        dstacked = (None if a is None or b is None else a.add_(b) for a, b in dweights)
         return None, None, dx_RD, *dstacked, *shared.gradients
 
 

@@ -27,7 +27,7 @@ class InnerPass:
         # would be a cycle through C++, which Python cannot collect.
         self._saved_tensors: list[Tensor] = []
         self.saved_count = 0
-        self.dweights: tuple[Tensor, ...] = ()  # gradients of the weights, after the backward
+        self.dweights: tuple[Tensor | None, ...] = ()  # gradients of weights after the backward, None of frozen ones
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the function to rows; if there will be a backward, record the graph."""
@@ -41,9 +41,11 @@ class InnerPass:
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, saved_tensors.__getitem__):
             anchor = torch.empty(0, device=x.device, requires_grad=True)
-            x, *weights = _start_graph(anchor, x, *self._weights)
-            self._input_edges = [get_gradient_edge(t) for t in (x, *weights)]
-            y = self._function(x, *weights)
+            self._trained = [w.requires_grad for w in self._weights]
+            x, *started = _start_graph(anchor, x, *(w for w in self._weights if w.requires_grad))
+            self._input_edges = [get_gradient_edge(t) for t in (x, *started)]
+            trained_weights = iter(started)
+            y = self._function(x, *(next(trained_weights) if w.requires_grad else w for w in self._weights))
         # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing reads.
         self._edge = get_gradient_edge(y)
         return y.detach()
@@ -64,7 +66,8 @@ class InnerPass:
     def backward(self, dy: Tensor) -> Tensor:
         """Return the gradient of the rows, after `restore_saved`."""
         dx, *dweights = torch.autograd.grad(self._edge, self._input_edges, dy)
-        self.dweights = tuple(dweights)
+        gradients = iter(dweights)
+        self.dweights = tuple(next(gradients) if is_trained else None for is_trained in self._trained)
         self._saved_tensors.clear()
         return dx
 
@@ -81,7 +84,7 @@ class SharedPass:
     def __init__(self, function: Function | None, tensors: Sequence[Tensor], differentiable: bool) -> None:
         self._inputs = list(tensors[:1])
         self.passes = [] if function is None else [InnerPass(function, tensors[1:], differentiable)]
-        self.gradients: list[Tensor] = []  # of the tokens and weights, after the backward
+        self.gradients: list[Tensor | None] = []  # of the tokens and weights, after the backward
 
     def forward(self) -> list[Tensor]:
         """Return the shared expert's output in a list, which is empty without one."""

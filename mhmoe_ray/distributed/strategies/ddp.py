@@ -60,7 +60,7 @@ class Strategy:
         return DTYPES[self.spec.train.moment_precision]
 
     def _value_positions(self) -> dict[nn.Parameter, ValuePosition]:
-        parameters = dict(self.model.named_parameters())
+        parameters = self.model.trained_parameters()
         positions = {}
         for name, tensor in self._to_global({name: p.detach() for name, p in parameters.items()}).items():
             # All shards are ranges of rows, so only their first offset may differ from 0.
@@ -118,8 +118,16 @@ class Strategy:
         yield from (("optim", name, t) for name, t in self._iterate_moments())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Return the weights that an adapter leaves as they are, like `checkpoint_weights`; none without an adapter."""
+        trained_names = self.model.trained_parameters() if self.spec.train.adapter else self.model.named_tensors()
+        return self._to_global({n: t for n, t in self.model.named_tensors().items() if n not in trained_names})
+
     def _iterate_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._to_global(self.model.named_tensors()).items()
+        tensors = self.model.named_tensors()
+        if self.spec.train.adapter:
+            tensors = {name: tensors[name] for name in self.model.trained_parameters()}
+        yield from self._to_global(tensors).items()
 
     def _iterate_moments(self) -> Iterator[tuple[str, Tensor]]:
         # The optimizer has no moments before its first update. A checkpoint may be saved earlier, if the updates of the
@@ -128,13 +136,13 @@ class Strategy:
             self.start_at_step(0)
         state = self.optimizer.state
         for moment in MOMENT_NAMES:
-            tensors = {name: state[p][moment] for name, p in self.model.named_parameters()}
+            tensors = {name: state[p][moment] for name, p in self.model.trained_parameters().items()}
             yield from ((f"{moment}.{name}", t) for name, t in self._to_global(tensors).items())
 
     def start_at_step(self, step: int) -> None:
         """Give the optimizer its state after `step` updates, with moments of zero, which loading fills."""
         step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
-        for parameter in self.model.parameters():
+        for parameter in self.model.trained_parameters().values():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(step), device=step_device or parameter.device),
                 **{moment: torch.zeros_like(parameter, dtype=self._moment_dtype) for moment in MOMENT_NAMES},

@@ -108,7 +108,7 @@ class FsdpStrategy(Strategy):
         assert mesh is not None
         for name, parameter in list(module.named_parameters()):
             expert_shard = DTensor.from_local(parameter.data, mesh["ep"], [Shard(0)], run_check=False)
-            module.register_parameter(name, nn.Parameter(expert_shard))
+            module.register_parameter(name, nn.Parameter(expert_shard, parameter.requires_grad))
         assert mesh.mesh_dim_names is not None
         sharded_module = fully_shard(module, mesh=mesh[mesh.mesh_dim_names[:-1]], mp_policy=self._policy)
         # By default FSDP2 would divide the gradients of experts by the data-parallel size only, which makes them too

@@ -20,10 +20,13 @@ class ExpertReduction:
 
     def __init__(self, model: Trunk, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._parameters = list(expert_parameters(model).values()) if mesh.world_size > 1 else []
+        trained_experts = [p for p in expert_parameters(model).values() if p.requires_grad]
+        self._parameters = trained_experts if mesh.world_size > 1 else []
         layers = [m for m in model.modules() if isinstance(m, Experts)]
         # FSDP itself sums and divides the gradients of sharded experts.
-        buckets = [[p for p in layer.parameters() if not is_dtensor(p)] for layer in reversed(layers)]
+        buckets = [
+            [p for p in layer.parameters() if p.requires_grad and not is_dtensor(p)] for layer in reversed(layers)
+        ]
         self._buckets = [bucket for bucket in buckets if bucket] if mesh.world_size > 1 else []
         self._complete: set[nn.Parameter] = set()  # parameters whose gradients of this step are complete
         self._works: list[dist.Work] = []

@@ -12,7 +12,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mhmoe_ray.checkpoint.huggingface.names import tensor_entries
-from mhmoe_ray.checkpoint.load import load_tensors
+from mhmoe_ray.checkpoint.load import WeightsReader
 from mhmoe_ray.serving.vllm.folder import model_spec
 from mhmoe_ray.spec import ModelSpec
 from mhmoe_ray.storage import Location, location
@@ -36,9 +36,10 @@ def exported_tensors(checkpoint: Location, spec: ModelSpec) -> Iterator[tuple[st
     A checkpoint of another model is a CheckpointError.
     """
     # A group has the tensors of one block, so only those of one block are in memory at a time.
+    weights = WeightsReader(checkpoint)
     for group in tensor_entries(spec):
         tensors = {e.checkpoint_name: torch.empty(e.shape, dtype=torch.float32, device="cpu") for e in group}
-        load_tensors(checkpoint / "weights", tensors)
+        weights.load(tensors)
         for entry in group:
             yield from entry.split(tensors[entry.checkpoint_name]).items()
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from mhmoe_kernels.triton.fused.operators import fused_backward_rows, fused_backward_weights, fused_forward, norm_terms
 from mhmoe_kernels.triton.operators import SortedRoutes, combine_rows, sorted_routes, split
-from mhmoe_kernels.weights import ExpertWeights, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, GeluSubln
 
 _SORT_ROWS_PER_TILE = 128
 """Rows of a tile in the sort of routes; the fused kernels have their own tiles."""
@@ -61,5 +61,5 @@ _fused_experts: Callable[..., Tensor] = _FusedExperts.apply
 def run(x_ND: Tensor, expert_NK: Tensor | SortedRoutes, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
     """Run routed rows through fused experts, as `mhmoe_kernels.run_experts` does."""
     function = weights.function
-    kind, eps = ("swiglu", 0.0) if isinstance(function, Swiglu) else ("gelu", function.eps)
+    kind, eps = ("gelu", function.eps) if isinstance(function, GeluSubln) else ("swiglu", 0.0)
     return _fused_experts(kind, eps, expert_NK, x_ND, gate_NK, *weights.stacked)

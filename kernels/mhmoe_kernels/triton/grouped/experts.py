@@ -15,7 +15,7 @@ from mhmoe_kernels.triton.grouped import operators as ops
 from mhmoe_kernels.triton.grouped.blocks import rows_per_tile
 from mhmoe_kernels.triton.grouped.products import Parts, Products, Tiles
 from mhmoe_kernels.triton.operators import SortedRoutes, Tensors, combine_rows, gather_rows, sorted_routes, split
-from mhmoe_kernels.weights import ExpertWeights, Function, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln
 
 
 class Scales(NamedTuple):
@@ -99,7 +99,7 @@ ExpertSteps = SwigluSteps | GeluSublnSteps
 
 def steps_of(function: Function) -> ExpertSteps:
     """Return the steps of experts that compute `function`."""
-    return SwigluSteps() if isinstance(function, Swiglu) else GeluSublnSteps(function.eps)
+    return GeluSublnSteps(function.eps) if isinstance(function, GeluSubln) else SwigluSteps()
 
 
 def _kept_hidden(hidden: Tensors, recompute: float, products: Products) -> Tensors:

@@ -1,0 +1,190 @@
+"""Low-rank adapters of a decoder's matrices (`train.adapter`), beside weights that stay frozen.
+
+A module with adapters keeps the names of its weights. The adapters of a matrix have names beside it:
+
+    attention.qkv.weight    attention.qkv.lora_a_q_ZI, lora_b_q_OZ, and with k and v for keys and values
+    attention.out.weight    attention.out.lora_a_ZI, lora_b_OZ; head and merge projections alike
+    experts.gate_EFD        experts.lora_a_gate_EZD, lora_b_gate_EFZ; dense layers alike, without E
+    scores.weight_ED        scores.lora_a_ZD, lora_b_EZ
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhmoe_kernels import Adapted, GeluSubln, Swiglu, widen
+from mhmoe_ray.model.attention import Attention
+from mhmoe_ray.model.decoder import Block
+from mhmoe_ray.model.feedforward import CastingModule, Experts
+from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router.scores import LinearScores
+from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.spec.adapter import AdapterSpec, AdapterTarget
+
+_ALL_ROWS = {"": slice(None)}
+MARK = "lora_"
+"""Start of the names of an adapter's tensors within their module."""
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a tensor of a model, by its full name, belongs to an adapter."""
+    return name.rpartition(".")[2].startswith(MARK)
+
+
+class AdaptedMatrix(NamedTuple):
+    """Rows of a matrix, or of a stack of matrices, and the names of the adapter's tensors in the same module."""
+
+    name: str
+    rows: slice
+    a_name: str
+    b_name: str
+
+
+class ModuleAdapter(NamedTuple):
+    """The adapters of a module's matrices, each multiplied by `scale`."""
+
+    matrices: list[AdaptedMatrix]
+    scale: float
+
+
+def _add_adapter(module: nn.Module, name: str, suffix: str, rank: int, rows: slice = slice(None)) -> AdaptedMatrix:
+    """Register the parameters of an adapter for rows of matrix `name`, whose names end with `suffix`."""
+    weight = getattr(module, name)
+    *stack, out_width, in_width = weight.shape
+    out_width = len(range(out_width)[rows])
+    stem, _, letters = suffix.rpartition("_")
+    stem, stack_letters, out_letter, in_letter = stem and f"{stem}_", letters[:-2], letters[-2], letters[-1]
+    matrix = AdaptedMatrix(
+        name, rows, f"{MARK}a_{stem}{stack_letters}Z{in_letter}", f"{MARK}b_{stem}{stack_letters}{out_letter}Z"
+    )
+    module.register_parameter(matrix.a_name, nn.Parameter(weight.new_empty(*stack, rank, in_width)))
+    module.register_parameter(matrix.b_name, nn.Parameter(weight.new_empty(*stack, out_width, rank)))
+    return matrix
+
+
+class AdaptedLinear(nn.Linear):
+    """Linear layer with an adapter for each of some ranges of its rows."""
+
+    def __init__(self, linear: nn.Linear, parts: dict[str, slice], rank: int, scale: float) -> None:
+        """Take over a layer's parameters. `parts` has the ranges of rows by name; "" names the only one."""
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
+        self.weight, self.bias = linear.weight, linear.bias
+        matrices = [
+            _add_adapter(self, "weight", f"{name}_OI" if name else "OI", rank, rows) for name, rows in parts.items()
+        ]
+        self.adapter = ModuleAdapter(matrices, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrices, scale = self.adapter
+        hidden = F.linear(x, torch.cat([getattr(self, m.a_name) for m in matrices]))
+        y, sums, end = super().forward(x), [], 0
+        for matrix, hidden_part in zip(matrices, hidden.chunk(len(matrices), -1), strict=True):
+            rows = range(self.out_features)[matrix.rows]
+            # Rows without an adapter get zeros.
+            sums += [hidden.new_zeros(*x.shape[:-1], rows.start - end)] if rows.start > end else []
+            sums.append(F.linear(hidden_part, getattr(self, matrix.b_name)))
+            end = rows.stop
+        sums += [hidden.new_zeros(*x.shape[:-1], self.out_features - end)] if self.out_features > end else []
+        return y + torch.cat(sums, -1) * scale
+
+
+class AdaptedScores(LinearScores):
+    """Logits of a linear router with an adapter."""
+
+    def __init__(self, scores: LinearScores, rank: int, scale: float) -> None:
+        nn.Module.__init__(self)
+        self.weight_ED = scores.weight_ED
+        self.adapter = ModuleAdapter([_add_adapter(self, "weight_ED", "ED", rank)], scale)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        [matrix], scale = self.adapter
+        a_ZD, b_EZ = (widen(getattr(self, name)) for name in (matrix.a_name, matrix.b_name))
+        return super().forward(x_ND) + x_ND @ a_ZD.T @ b_EZ.T * scale
+
+
+def _adapt_function(module: CastingModule, rank: int, scale: float) -> None:
+    """Add an adapter to each matrix of a feed-forward layer or a stack of experts; with rank 0, to none."""
+    assert isinstance(module.function, Swiglu | GeluSubln)
+    positions, matrices = [], []
+    for position, (name, parameter) in enumerate(list(module.named_parameters())):
+        if rank and parameter.ndim - isinstance(module, Experts) == 2:
+            positions.append(position)
+            matrices.append(_add_adapter(module, name, name, rank))
+    module.function = Adapted(module.function, tuple(positions), scale)
+    module.adapter = ModuleAdapter(matrices, scale)
+
+
+def add_adapters(model: Trunk, spec: AdapterSpec) -> None:
+    """Freeze the weights of a decoder, and add the adapters of a spec to it, uninitialized."""
+    model.requires_grad_(False)
+    targets, rank, scale = spec.matched_targets(model.spec), spec.rank, spec.alpha / spec.rank
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            _adapt_attention(module.attention, targets, rank, scale)
+            if "feed_forward" in targets and module.ffn is not None:
+                _adapt_function(module.ffn, rank, scale)
+        elif isinstance(module, MultiHeadMoE):
+            _adapt_mixture(module, targets, rank, scale)
+
+
+def _adapt_attention(attention: Attention, targets: list[AdapterTarget], rank: int, scale: float) -> None:
+    queries, keys = attention.heads * attention.width, attention.kv_heads * attention.width
+    ends = (0, queries, queries + keys, queries + 2 * keys)
+    part_targets: dict[str, AdapterTarget] = {"q": "query", "k": "key", "v": "value"}
+    rows = {part: slice(*edges) for part, edges in zip(part_targets, pairwise(ends), strict=True)}
+    parts = {part: rows[part] for part, target in part_targets.items() if target in targets}
+    if parts:
+        attention.qkv = AdaptedLinear(attention.qkv, parts, rank, scale)
+    if "out" in targets:
+        attention.out = AdaptedLinear(attention.out, _ALL_ROWS, rank, scale)
+
+
+def _adapt_mixture(layer: MultiHeadMoE, targets: list[AdapterTarget], rank: int, scale: float) -> None:
+    # Frozen experts get no adapter, but a function whose backward skips their gradients.
+    _adapt_function(layer.experts, rank if "experts" in targets else 0, scale)
+    if "shared" in targets and layer.shared is not None:
+        _adapt_function(layer.shared, rank, scale)
+    if "projections" in targets:
+        layer.head, layer.merge = (_adapt_projection(m, rank, scale) for m in (layer.head, layer.merge))
+    if "router" in targets:
+        router = layer.router
+        assert isinstance(router, Router)
+        assert isinstance(router.scores, LinearScores)
+        router.scores = AdaptedScores(router.scores, rank, scale)
+
+
+def _adapt_projection(module: nn.Module, rank: int, scale: float) -> nn.Module:
+    """Return a linear layer, or the linear layers of a sequence, with adapters; any other module as it is."""
+    if isinstance(module, nn.Sequential):
+        return nn.Sequential(*(_adapt_projection(m, rank, scale) for m in module))
+    return AdaptedLinear(module, _ALL_ROWS, rank, scale) if isinstance(module, nn.Linear) else module
+
+
+class MatrixSum(NamedTuple):
+    """Adapter of rows of a tensor, by the full names of its tensors."""
+
+    rows: slice
+    a_name: str
+    b_name: str
+    scale: float
+
+    def add_to(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add the adapter to a matrix or a stack of matrices, in place; products are computed in float32 or wider."""
+        # Both are stacks, if the weight is one.
+        rows = weight[..., self.rows, :]
+        rows.copy_(widen(rows) + widen(b) @ widen(a) * self.scale)
+
+
+def matrix_sums(model: Trunk) -> Iterator[tuple[str, MatrixSum]]:
+    """Yield the full name of each matrix with an adapter, or of a part of it, and the adapter."""
+    for path, module in model.named_modules():
+        if not isinstance(module, AdaptedLinear | AdaptedScores | CastingModule) or module.adapter is None:
+            continue
+        for matrix in module.adapter.matrices:
+            a_name, b_name = (f"{path}.{name}" for name in (matrix.a_name, matrix.b_name))
+            yield f"{path}.{matrix.name}", MatrixSum(matrix.rows, a_name, b_name, module.adapter.scale)
