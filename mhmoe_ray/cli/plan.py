@@ -130,11 +130,10 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
     from mhmoe_ray.planner.match import compare_models, experts_without_ep
     from mhmoe_ray.planner.memory import checkpoint_bytes
     from mhmoe_ray.planner.resolve import preset_description
-    from mhmoe_ray.planner.sizes import compute_sizes, flops_per_token
+    from mhmoe_ray.planner.sizes import compute_sizes, trained_sizes, training_flops
     from mhmoe_ray.spec.cluster import STREAM_CPUS, format_mesh
 
     size, cluster, model, moe = compute_sizes(spec.model), spec.cluster, spec.model, spec.model.moe
-    training_flops = flops_per_token(model, spec.attention_length, spec.samples_per_token).training
     experts = "none"
     if moe:
         kind = f"multi-head, {moe.heads} heads" if moe.heads > 1 else "plain"
@@ -160,6 +159,7 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
             ratios += f"; {matching_experts:,} experts would match it, but cluster.ep {cluster.ep} does not divide them"
     # Best-fit packing pads samples. The number of tokens below counts padding as tokens, so it is an upper limit.
     qualifier = "at most " if spec.data.packing == "best_fit" else ""
+    tokens = spec.tokens_per_step * spec.train.steps
     start_record = plan_start(spec)
     rows = {
         "preset": f"{spec.origin}: {preset_description(spec.origin)}" if spec.origin else None,
@@ -171,14 +171,15 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "mixture of experts": experts,
         "parameters": f"{size.parameters:,}",
         "  of experts": f"{size.expert_parameters:,}" if moe else None,
+        "  trained": _adapter(spec, trained_sizes(spec).parameters / size.parameters),
         "  active per token": f"{size.active_parameters:,} at most" if moe else None,
         "multiply-adds per token": f"{size.macs_per_token:,} ({size.moe_macs_per_token:,} in expert layers)",
         "averages of experts": _merging(spec),
         "static routing": _static_routing(spec),
         "kernel": _kernel(spec),
         "to its reference": ratios,
-        "tokens": f"{qualifier}{spec.tokens_per_step * spec.train.steps:,} in {spec.train.steps:,} steps "
-        f"of {spec.tokens_per_step:,}; {training_flops * spec.tokens_per_step * spec.train.steps:.3g} FLOPs in all",
+        "tokens": f"{qualifier}{tokens:,} in {spec.train.steps:,} steps "
+        f"of {spec.tokens_per_step:,}; {training_flops(spec) * tokens:.3g} FLOPs in all",
         "held out": held_out_share(spec.data),
         "learning rate": _learning_rate(spec.train),
         "checkpoints": f"{_checkpoints(spec.train)}, {format_bytes(checkpoint_bytes(spec))} each",
@@ -192,6 +193,14 @@ def print_summary(spec: "RunSpec", step_estimate: "Estimate | None") -> None:
         "storage": str(spec.storage),
     }
     out.print(fact_table(rows, title=spec.name))
+
+
+def _adapter(spec: "RunSpec", share: float) -> str | None:
+    adapter = spec.train.adapter
+    if adapter is None:
+        return None
+    targets = ", ".join(adapter.matched_targets(spec.model))
+    return f"{share:.2%} of them, an adapter of rank {adapter.rank} for {targets}"
 
 
 def _gpu_settings(spec: "RunSpec") -> str:

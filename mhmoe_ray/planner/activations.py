@@ -2,9 +2,21 @@
 
 from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import INT64, bytes_of
+from mhmoe_ray.planner.adapters import kept_values
+from mhmoe_ray.planner.family import (
+    ATTENTION,
+    EXPERTS,
+    FEED_FORWARD,
+    INT64,
+    PROJECTIONS,
+    ROUTER,
+    SHARED,
+    bytes_of,
+)
 from mhmoe_ray.planner.kernels import planned_model
 from mhmoe_ray.spec import ModelSpec, MoESpec, RunSpec
+
+MIXTURE_PARTS = (PROJECTIONS, ROUTER, EXPERTS, SHARED)
 
 
 def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
@@ -17,12 +29,14 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     moe = model.moe
     norm = model.architecture.norm_saved_bytes(model.d_model, size)
     mask = model.d_model if model.dropout else 0  # a mask of dropout has one byte per value
-    attention_part = norm + _attention_bytes(model, size) + mask
+    kept_bytes = {name: size * kept_values(spec, name) for name in (ATTENTION, FEED_FORWARD, *MIXTURE_PARTS)}
+    attention_part = norm + _attention_bytes(model, size) + mask + kept_bytes[ATTENTION]
     hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) + mask if model.d_ff is not None else 0
+    hidden += kept_bytes[FEED_FORWARD]
     dense = attention_part + norm + hidden
     mixture = attention_part + norm + hidden * model.has_experts_beside
     if moe is not None:
-        mixture += _moe_bytes(spec, model, moe, size)
+        mixture += _moe_bytes(spec, model, moe, size) + sum(kept_bytes[name] for name in MIXTURE_PARTS)
         mixture += _expert_dropout_bytes(model, moe, size) if model.dropout else 0
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With recompute `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps

@@ -17,12 +17,13 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from mhmoe_ray.planner import parts
+from mhmoe_ray.planner.adapters import adapter_macs
 from mhmoe_ray.planner.expert_step import expert_step
 from mhmoe_ray.planner.family import ATTENTION, EXPERTS, OUTPUT, PROJECTIONS, ROUTER, SHARED, plan_of
 from mhmoe_ray.planner.kernels import planned_model
 from mhmoe_ray.planner.memory import compute_memory
 from mhmoe_ray.planner.placement import Layout
-from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, flops_per_token, model_parts
+from mhmoe_ray.planner.sizes import bytes_per_value, compute_sizes, flops_per_token, model_parts, training_flops
 from mhmoe_ray.planner.traffic import Exchange, LinkLoads, dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
 
@@ -108,12 +109,11 @@ class Estimate(NamedTuple):
 def estimate_step_time(spec: RunSpec, layout: Layout) -> Estimate:
     """Return an estimate of the time per training step of a run, for a given placement of its ranks."""
     rank_tokens = spec.tokens_per_step / len(layout.nodes)
-    training_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
     step_times, layer_times = compute_times(spec, rank_tokens)
     return Estimate(
         step_times,
         _exchange_times(spec, layout),
-        training_flops * rank_tokens / spec.cluster.accelerator.peak_flops(spec.train.precision),
+        training_flops(spec) * rank_tokens / spec.cluster.accelerator.peak_flops(spec.train.precision),
         spec.tokens_per_step,
         layout,
         layer_times,
@@ -136,18 +136,23 @@ def compute_times(spec: RunSpec, tokens: float) -> tuple[list[StepTime], list[St
 
     step = expert_step(spec)
     score_flops = flops_per_token(model, spec.attention_length).forward - 2 * compute_sizes(model).macs_per_token
+    # A backward computes no gradients of frozen weights, which saves one forward.
+    is_frozen = spec.train.adapter is not None
     layer_work = {}  # FLOPs and bytes of each kind of layers
     for part in model_parts(model):
         if part.macs and part.name != EXPERTS:
             cost, scores = _cost_factor(spec, part.name), score_flops if part.name == ATTENTION else 0
             # A tied output has no parameters of its own, but its product reads the embedding, whose size is `macs`.
             bytes_read = bytes_per_value(spec) * part.layers * (part.parameters or part.macs)
-            flops = tokens * (scores + 2 * part.layers * part.macs)
-            layer_work[part.name] = (cost * flops, cost * micro_batches * bytes_read)
+            products = 2 * part.layers * part.macs
+            flops = cost * (scores + products + 2 * adapter_macs(spec, part.name)) - is_frozen * products
+            layer_work[part.name] = (tokens * flops, (cost - is_frozen) * micro_batches * bytes_read)
     times = [product_time(OTHER_LAYERS, *map(sum, zip(*layer_work.values(), strict=True)))]
     if step and moe:
-        expert_passes = _cost_factor(spec, EXPERTS) * micro_batches * model.moe_layers
-        times.append(product_time("experts", expert_passes * step.flops, expert_passes * step.bytes))
+        cost = _cost_factor(spec, EXPERTS)
+        expert_passes = (cost - is_frozen) * micro_batches * model.moe_layers
+        adapter_flops = 2 * cost * tokens * adapter_macs(spec, EXPERTS)
+        times.append(product_time("experts", expert_passes * step.flops + adapter_flops, expert_passes * step.bytes))
     launch_seconds = micro_batches * plan_of(model).launches(spec) * accelerator.launch_seconds
     # Only a GPU computes while further kernels are launched.
     hidden_seconds = sum(time.seconds for time in times) if spec.cluster.gpus_per_worker else 0
@@ -156,7 +161,8 @@ def compute_times(spec: RunSpec, tokens: float) -> tuple[list[StepTime], list[St
         times.append(StepTime(LAUNCH_WAIT, waiting_seconds, LAUNCHES))
     state = compute_memory(spec)
     # The update reads weights, moments and gradients, and writes weights and moments.
-    update_bytes = 2 * (state.weights + state.moments) + state.gradients
+    trained_weights = state.weights if spec.train.adapter is None else state.gradients
+    update_bytes = 2 * (trained_weights + state.moments) + state.gradients
     times.append(StepTime(UPDATE, update_bytes / bandwidth, MEMORY))
     return times, [product_time(name, *work) for name, work in layer_work.items()]
 

@@ -17,6 +17,7 @@ INT32 = 4
 INT64 = 8
 EMBEDDING, PATCHES, ATTENTION, NORMS, OUTPUT = "embedding", "patches", "attention", "norms", "output"
 PROJECTIONS, ROUTER, EXPERTS, SHARED = "projections", "router", "experts", "shared expert"
+FEED_FORWARD = "feed-forward"
 MATCH, HEADS = "match", "heads"
 """Names of the parts of a model (`ModelPart.name`) that other modules look up."""
 

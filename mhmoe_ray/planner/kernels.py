@@ -37,6 +37,9 @@ def assumed_kernel(spec: RunSpec) -> KernelName | None:
     moe = spec.model.moe
     if moe is None or moe.router == "smear":
         return None
+    if spec.train.adapter:
+        # The kernel of experts with frozen weights keeps what autograd keeps, like this one.
+        return "reference"
     if moe.kernel != "auto":
         return moe.kernel
     if not spec.cluster.gpus_per_worker:

@@ -12,14 +12,16 @@ from mhmoe_ray.planner.activations import activation_bytes_per_token, merged_exp
 from mhmoe_ray.planner.family import EMBEDDING, NORMS, OUTPUT, ROUTER, bytes_of, plan_of
 from mhmoe_ray.planner.sizes import (
     Sizes,
+    adapter_sizes,
     block_sizes,
     bytes_per_value,
     compute_sizes,
     float32_sizes,
     gathered_bytes,
     model_parts,
+    trained_sizes,
 )
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import ClusterSpec, RunSpec
 
 
 class Memory(NamedTuple):
@@ -56,7 +58,7 @@ def compute_memory(spec: RunSpec) -> Memory:
     """Return the bytes that one rank needs for training under uniform routing, with the largest top-k of all tasks."""
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
     counts, plan = compute_sizes(spec.model), plan_of(spec.model)
-    weights, gradients, moments = _state_bytes(spec, counts)
+    weights, gradients, moments = _state_bytes(spec)
     tokens = spec.tokens_per_micro_batch
     size = bytes_per_value(spec)
     return Memory(
@@ -76,8 +78,8 @@ def compute_memory(spec: RunSpec) -> Memory:
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Return the bytes of a checkpoint, which has the weights and AdamW's two moments."""
-    return (FLOAT32 + 2 * bytes_of(spec.train.moment_precision)) * compute_sizes(spec.model).parameters
+    """Return the bytes of a checkpoint, which has the trained weights and AdamW's two moments."""
+    return (FLOAT32 + 2 * bytes_of(spec.train.moment_precision)) * trained_sizes(spec).parameters
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
@@ -103,14 +105,16 @@ def unsharded_gradient_bytes(spec: RunSpec) -> int:
     # If each backward reduces gradients, those of a block become shards after its backward. Only those of one block and
     # of the parameters outside blocks are unsharded at a time.
     if spec.cluster.reduce_after == "micro_batch" or spec.train.micro_batches == spec.cluster.max_world_size:
+        if spec.train.adapter:
+            return bytes_of(spec.cluster.reduce_precision) * trained_sizes(spec).parameters // spec.model.layers
         return _outside_bytes(spec) + _largest_block_bytes(spec)
-    counts, size = compute_sizes(spec.model), bytes_of(spec.cluster.reduce_precision)
+    counts, size = trained_sizes(spec), bytes_of(spec.cluster.reduce_precision)
     # While several micro-batches accumulate, all gradients stay unsharded until the last backward. They take the place
     # of shards, whose bytes are therefore subtracted.
     experts = counts.expert_parameters // spec.cluster.ep
     unsharded = size * (counts.parameters - counts.expert_parameters)
     unsharded += (size if spec.cluster.shards_experts else FLOAT32) * experts
-    return unsharded - _state_bytes(spec, counts)[1]
+    return unsharded - _state_bytes(spec)[1]
 
 
 def _outside_bytes(spec: RunSpec) -> int:
@@ -128,18 +132,11 @@ def _largest_block_bytes(spec: RunSpec) -> int:
     return max(dense if model.moe_layers < model.layers else 0, mixture if model.moe else 0)
 
 
-def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
+def _state_bytes(spec: RunSpec) -> tuple[int, int, int]:
     """Return the bytes of weights, gradients and moments of a rank, as a mean over ranks."""
-    # Experts are sharded over the ranks of a shard group that hold the same experts, and all other tensors over all
-    # ranks of the group.
-    cluster = spec.cluster
-    strategy = cluster.strategy if cluster.max_world_size > 1 else "ddp"
-    experts = FLOAT32 * counts.expert_parameters / cluster.ep
-    shared = FLOAT32 * (counts.parameters - counts.expert_parameters)
-    sharded = shared / cluster.shard_ranks + (
-        experts / cluster.expert_shard_ranks if cluster.shards_experts else experts
-    )
-    unsharded = shared + experts
+    strategy = spec.cluster.strategy if spec.cluster.max_world_size > 1 else "ddp"
+    trained, moment_size = trained_sizes(spec), bytes_of(spec.train.moment_precision) / FLOAT32
+    unsharded, sharded = _held_bytes(spec.cluster, trained.parameters, trained.expert_parameters)
     # ZeRO has shards of the weights in addition to the weights: its optimizer updates the shards, and the weights are
     # copied from them.
     weights, gradients, moments = {
@@ -149,8 +146,20 @@ def _state_bytes(spec: RunSpec, counts: Sizes) -> tuple[int, int, int]:
         "zero2": (unsharded + sharded, sharded, sharded),
         "zero3": (2 * sharded, sharded, sharded),
     }[strategy]
-    moment_size = bytes_of(spec.train.moment_precision) / FLOAT32
+    if spec.train.adapter:
+        base = compute_sizes(spec.model)
+        weights += _held_bytes(spec.cluster, base.parameters, base.expert_parameters)[strategy == "fsdp"]
     return round(weights), round(gradients), round(2 * moments * moment_size)
+
+
+def _held_bytes(cluster: ClusterSpec, parameters: int, expert_parameters: int) -> tuple[float, float]:
+    """Return the float32 bytes of parameters that a rank holds, as a mean over ranks: without shards, and in shards."""
+    # Experts are sharded over the ranks of a shard group that hold the same experts, and all other tensors over all
+    # ranks of the group.
+    experts = FLOAT32 * expert_parameters / cluster.ep
+    shared = FLOAT32 * (parameters - expert_parameters)
+    expert_shards = experts / cluster.expert_shard_ranks if cluster.shards_experts else experts
+    return shared + experts, shared / cluster.shard_ranks + expert_shards
 
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
@@ -167,4 +176,6 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     elif not spec.model.tied_embeddings:
         excluded_parts.add(EMBEDDING)
     total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
+    adapter = adapter_sizes(spec)
+    total += adapter.parameters - adapter.expert_parameters + adapter.expert_parameters // spec.cluster.ep
     return bytes_per_value(spec) * (total - counts.expert_parameters + experts)

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.errors import SpecError
+from mhmoe_ray.planner.adapters import adapted_parts, adapter_macs
 from mhmoe_ray.planner.family import (
     ATTENTION,
     EMBEDDING,
     EXPERTS,
+    FEED_FORWARD,
     HEADS,
     MATCH,
     NORMS,
@@ -108,7 +110,7 @@ def model_parts(spec: ModelSpec) -> list[ModelPart]:
         assert spec.d_ff is not None
         d, dense_architecture = spec.d_model, spec.architecture
         dense, macs = dense_architecture.expert_parameters(d, spec.d_ff), dense_architecture.expert_macs(d, spec.d_ff)
-        result.append(ModelPart("feed-forward", spec.dense_layers, plan.branches * dense, dense, macs))
+        result.append(ModelPart(FEED_FORWARD, spec.dense_layers, plan.branches * dense, dense, macs))
     if moe is not None:
         result += _moe_parts(spec, moe)
     return [*result, *plan.output_parts(spec)]
@@ -139,6 +141,25 @@ def _projections_part(spec: ModelSpec, moe: MoESpec) -> ModelPart:
     macs = sum(in_width * out_width for in_width, out_width in shapes)
     biases = sum(out_width for _, out_width in shapes)
     return ModelPart(PROJECTIONS, spec.moe_layers, *all_active(macs + biases), macs)
+
+
+class TrainedSizes(NamedTuple):
+    """Numbers of parameters that a run trains: those of its adapter, or all."""
+
+    parameters: int
+    expert_parameters: int
+
+
+def adapter_sizes(spec: RunSpec) -> TrainedSizes:
+    """Return the numbers of parameters of a run's adapter; 0 without one."""
+    parts = [(p.layers * p.copies * p.parameters, p.name == EXPERTS) for p in adapted_parts(spec)]
+    return TrainedSizes(sum(count for count, _ in parts), sum(count for count, of_experts in parts if of_experts))
+
+
+def trained_sizes(spec: RunSpec) -> TrainedSizes:
+    """Return the numbers of parameters that a run trains."""
+    sizes = compute_sizes(spec.model)
+    return adapter_sizes(spec) if spec.train.adapter else TrainedSizes(sizes.parameters, sizes.expert_parameters)
 
 
 @cached_by_model
@@ -176,7 +197,7 @@ def block_sizes(spec: ModelSpec) -> BlockSizes:
     outside_parts = (EMBEDDING, PATCHES, OUTPUT, MATCH, HEADS)
     outside_blocks = sum(parameters.get(name, 0) for name in outside_parts) + _final_norm_parameters(spec)
     shared = parameters[ATTENTION] + (parameters[NORMS] - _final_norm_parameters(spec)) // spec.layers
-    dense = parameters.get("feed-forward", 0)
+    dense = parameters.get(FEED_FORWARD, 0)
     mixture = sum(parameters.get(name, 0) for name in (PROJECTIONS, ROUTER, SHARED))
     mixture += dense if spec.has_experts_beside else 0
     return BlockSizes(shared + dense, shared + mixture, outside_blocks)
@@ -233,6 +254,14 @@ def flops_per_token(spec: ModelSpec, attention_length: float, samples_per_token:
     return Flops(forward, 3 * forward)
 
 
+def training_flops(spec: RunSpec) -> int:
+    """Return the mean FLOPs per token that a run's training needs. Those of frozen weights' gradients are left out."""
+    flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
+    if spec.train.adapter:
+        flops += 6 * adapter_macs(spec) - 2 * compute_sizes(spec.model).macs_per_token
+    return flops
+
+
 def _norm_parameters(spec: ModelSpec) -> int:
     return (spec.architecture.norms_per_block * spec.layers + 1) * _final_norm_parameters(spec)
 
@@ -266,5 +295,4 @@ def model_flops_utilisation(spec: RunSpec, tokens_per_s: float, workers: int) ->
     if not spec.cluster.gpus_per_worker:
         return None
     peak_flops = spec.cluster.accelerator.peak_flops(spec.train.precision)
-    needed_flops = flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training * tokens_per_s
-    return needed_flops / (workers * spec.cluster.gpus_per_worker * peak_flops)
+    return training_flops(spec) * tokens_per_s / (workers * spec.cluster.gpus_per_worker * peak_flops)

@@ -12,7 +12,15 @@ from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.family import INT32, INT64, bytes_of
 from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
-from mhmoe_ray.planner.sizes import block_sizes, bytes_per_value, compute_sizes, float32_sizes, gathered_bytes
+from mhmoe_ray.planner.sizes import (
+    adapter_sizes,
+    block_sizes,
+    bytes_per_value,
+    compute_sizes,
+    float32_sizes,
+    gathered_bytes,
+    trained_sizes,
+)
 from mhmoe_ray.spec import RunSpec
 
 
@@ -265,12 +273,22 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
     dense_layers = spec.model.layers - spec.model.moe_layers
     float32_parameters = float32_counts.outside + dense_layers * float32_counts.dense
     float32_parameters += spec.model.moe_layers * float32_counts.mixture
-    shared = counts.parameters - counts.expert_parameters
+    trained, adapter = trained_sizes(spec), adapter_sizes(spec)
+    shared = counts.parameters - counts.expert_parameters + adapter.parameters - adapter.expert_parameters
+    trained_shared = trained.parameters - trained.expert_parameters
     rank_RSE = sharding_groups(layout.groups.ranks, cluster.shard_ranks)
     shard_groups = [sorted(itertools.chain(*group)) for group in rank_RSE]
     outside = gathered_bytes(spec, block_sizes(spec.model).outside, float32_counts.outside)
     result = _collective_exchanges(
-        spec, cluster.strategy, "all but experts", shared, float32_parameters, layout, shard_groups, outside
+        spec,
+        cluster.strategy,
+        "all but experts",
+        shared,
+        trained_shared,
+        float32_parameters,
+        layout,
+        shard_groups,
+        outside,
     )
     if spec.model.moe is not None:
         is_sharded = cluster.shards_experts and (cluster.strategy != "fsdp" or cluster.expert_shard_ranks > 1)
@@ -279,7 +297,8 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
             spec,
             cluster.strategy if is_sharded else "ddp",
             "experts",
-            counts.expert_parameters // cluster.ep,
+            (counts.expert_parameters + adapter.expert_parameters) // cluster.ep,
+            trained.expert_parameters // cluster.ep,
             0,
             layout,
             groups if is_sharded else layout.data_parallel_groups,
@@ -292,6 +311,7 @@ def _collective_exchanges(
     strategy: str,
     label: str,
     parameters: int,
+    trained_parameters: int,
     float32_parameters: int,
     layout: Layout,
     groups: list[list[int]],
@@ -307,7 +327,7 @@ def _collective_exchanges(
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {label}", f"weights of {label}"
     links = group_loads(map(layout.spread, groups), ring_pattern)
-    size = FLOAT32 * parameters
+    size = FLOAT32 * trained_parameters
     if strategy == "ddp":
         sent_bytes = 2 * size * (ranks - 1) // ranks
         return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, rounds=2))]
@@ -318,7 +338,7 @@ def _collective_exchanges(
     # `reduce_after` says otherwise, only the last backward does.
     reduces_each = strategy in ("zero2", "zero3") or spec.cluster.reduce_after == "micro_batch"
     reductions = micro_batches if reduces_each else 1
-    size = bytes_of(spec.cluster.reduce_precision) * parameters
+    size = bytes_of(spec.cluster.reduce_precision) * trained_parameters
     gathered_size = gathered_bytes(spec, parameters, float32_parameters)
     remote_bytes = size * (ranks - 1) // ranks
     kept_size = outside if strategy == "fsdp" else 0

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.evaluate import activation
 from mhmoe_ray.evaluate.request import Evaluation, load_evaluations
-from mhmoe_ray.planner.sizes import Sizes, compute_sizes, flops_per_token
+from mhmoe_ray.planner.sizes import Sizes, compute_sizes, training_flops
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
@@ -118,7 +118,7 @@ class RunFigures:
     def flops(self, tokens: float) -> float:
         """Return the FLOPs of all matrix products of training on `tokens` tokens, as `mhmoe plan` counts them."""
         spec = self.spec
-        return tokens * flops_per_token(spec.model, spec.attention_length, spec.samples_per_token).training
+        return tokens * training_flops(spec)
 
 
 class _RouteRecord(BaseModel):

@@ -8,11 +8,11 @@ from mhmoe_ray.checkpoint.load import load_model
 from mhmoe_ray.checkpoint.manifest import newest_checkpoint
 from mhmoe_ray.model.adapter import is_adapter
 from mhmoe_ray.spec import RunSpec
-from tests.checkpoint.start.test_write import TRAIN, make_source, start_run
 from tests.support.ranks import run_ranks
 from tests.support.specs import tiny_spec
+from tests.support.starts import TRAIN, make_source, start_run
 from tests.train import jobs
-from tests.train.test_equivalence import assert_alike
+from tests.train.alike import assert_alike
 
 pytestmark = pytest.mark.long
 
@@ -62,13 +62,13 @@ def test_adapters_continue_on_other_meshes_and_load_as_one_model(run):
     newest = newest_checkpoint(run)
     assert newest.manifest.step == 4
     assert newest.manifest.adapter.base == base.name
-    one = run_ranks(1, jobs.load_and_describe, run.spec(), newest.checkpoint, 3)[0]
+    continued = run_ranks(1, jobs.load_and_describe, run.spec(), newest.checkpoint, 3)[0]
     other_spec = adapter_spec(run.spec(), workers=4, ep=2, strategy="fsdp", shard_experts=True)
-    other = run_ranks(4, jobs.load_and_describe, other_spec, newest.checkpoint, 3)[0]
-    assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=0)
+    continued_by_four = run_ranks(4, jobs.load_and_describe, other_spec, newest.checkpoint, 3)[0]
+    assert continued["losses"] == pytest.approx(continued_by_four["losses"], rel=1e-5)
+    for name, weight in continued["weights"].items():
+        torch.testing.assert_close(continued_by_four["weights"][name], weight, rtol=0, atol=0)
     model, _ = load_model(newest.checkpoint)
     batches = jobs.micro_batches(run.spec(), 4)
     losses = [F.cross_entropy(model(b.token_BT[:, :-1]).logits_BTV.mT, b.token_BT[:, 1:]).item() for b in batches]
-    assert sum(losses) / len(losses) == pytest.approx(one["losses"][0], rel=1e-5)
+    assert sum(losses) / len(losses) == pytest.approx(continued["losses"][0], rel=1e-5)

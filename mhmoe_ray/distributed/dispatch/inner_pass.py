@@ -42,9 +42,9 @@ class InnerPass:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, saved_tensors.__getitem__):
             anchor = torch.empty(0, device=x.device, requires_grad=True)
             self._trained = [w.requires_grad for w in self._weights]
-            x, *started = _start_graph(anchor, x, *(w for w in self._weights if w.requires_grad))
-            self._input_edges = [get_gradient_edge(t) for t in (x, *started)]
-            trained_weights = iter(started)
+            x, *started_weights = _start_graph(anchor, x, *(w for w in self._weights if w.requires_grad))
+            self._input_edges = [get_gradient_edge(t) for t in (x, *started_weights)]
+            trained_weights = iter(started_weights)
             y = self._function(x, *(next(trained_weights) if w.requires_grad else w for w in self._weights))
         # The backward needs only the gradient edge. A reference to y would keep values in memory that nothing reads.
         self._edge = get_gradient_edge(y)
