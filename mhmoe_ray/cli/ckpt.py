@@ -49,6 +49,7 @@ def inspect(
         "next sample": f"{manifest.position:,}",
         "written by": f"{format_count(manifest.world, 'worker')}, ep {manifest.ep}; any other number may read it",
         "model": f"{size.parameters:,} parameters{experts}",
+        "adapter": f"rank {adapter.spec.rank}, of the base {adapter.base}" if (adapter := manifest.adapter) else None,
         **{
             part: f"{format_bytes(sum(file_sizes))} in {format_count(len(file_sizes), 'file')}"
             for part, file_sizes in parts.items()

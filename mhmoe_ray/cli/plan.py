@@ -286,6 +286,8 @@ def _kernel(spec: "RunSpec") -> str | None:
 
     if spec.model.moe is None or spec.model.moe.kernel != "auto" or spec.model.moe.router == "smear":
         return None
+    if spec.train.adapter:
+        return "a loop over experts, whose backward skips frozen weights"
     remark = "; where CPUs have AMX it is cpp, which keeps less" if may_use_cpp(spec) else ""
     return f"auto, taken to be {assumed_kernel(spec)}{remark}"
 

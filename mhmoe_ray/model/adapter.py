@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mhmoe_kernels import Adapted, GeluSubln, Swiglu, widen
 from mhmoe_ray.model.attention import Attention
+from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.decoder import Block
 from mhmoe_ray.model.feedforward import CastingModule, Experts
 from mhmoe_ray.model.moe import MultiHeadMoE
@@ -62,8 +63,10 @@ def _add_adapter(module: nn.Module, name: str, suffix: str, rank: int, rows: sli
     matrix = AdaptedMatrix(
         name, rows, f"{MARK}a_{stem}{stack_letters}Z{in_letter}", f"{MARK}b_{stem}{stack_letters}{out_letter}Z"
     )
-    module.register_parameter(matrix.a_name, nn.Parameter(weight.new_empty(*stack, rank, in_width)))
-    module.register_parameter(matrix.b_name, nn.Parameter(weight.new_empty(*stack, out_width, rank)))
+    # The weight may be narrower, but adapters are trained in float32.
+    wide_weight = widen(weight)
+    module.register_parameter(matrix.a_name, nn.Parameter(wide_weight.new_empty(*stack, rank, in_width)))
+    module.register_parameter(matrix.b_name, nn.Parameter(wide_weight.new_empty(*stack, out_width, rank)))
     return matrix
 
 
@@ -120,8 +123,12 @@ def _adapt_function(module: CastingModule, rank: int, scale: float) -> None:
 
 
 def add_adapters(model: Trunk, spec: AdapterSpec) -> None:
-    """Freeze the weights of a decoder, and add the adapters of a spec to it, uninitialized."""
+    """Freeze the weights of a decoder on the meta device, and add the adapters of a spec to it."""
     model.requires_grad_(False)
+    if spec.base_precision != "float32":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | CastingModule):
+                module.to(DTYPES[spec.base_precision])
     targets, rank, scale = spec.matched_targets(model.spec), spec.rank, spec.alpha / spec.rank
     for module in list(model.modules()):
         if isinstance(module, Block):

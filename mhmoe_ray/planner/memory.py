@@ -16,6 +16,7 @@ from mhmoe_ray.planner.sizes import (
     block_sizes,
     bytes_per_value,
     compute_sizes,
+    float32_parameters,
     float32_sizes,
     gathered_bytes,
     model_parts,
@@ -147,8 +148,11 @@ def _state_bytes(spec: RunSpec) -> tuple[int, int, int]:
         "zero3": (2 * sharded, sharded, sharded),
     }[strategy]
     if spec.train.adapter:
-        base = compute_sizes(spec.model)
-        weights += _held_bytes(spec.cluster, base.parameters, base.expert_parameters)[strategy == "fsdp"]
+        base, wide = compute_sizes(spec.model), float32_parameters(spec.model)
+        narrow = bytes_of(spec.train.adapter.base_precision) / FLOAT32
+        is_sharded = strategy == "fsdp"
+        weights += narrow * _held_bytes(spec.cluster, base.parameters - wide, base.expert_parameters)[is_sharded]
+        weights += _held_bytes(spec.cluster, wide, 0)[is_sharded]
     return round(weights), round(gradients), round(2 * moments * moment_size)
 
 
@@ -163,6 +167,12 @@ def _held_bytes(cluster: ClusterSpec, parameters: int, expert_parameters: int) -
 
 
 def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
+    adapter = adapter_sizes(spec)
+    adapter_copies = adapter.parameters - adapter.expert_parameters + adapter.expert_parameters // spec.cluster.ep
+    if spec.train.adapter and spec.train.adapter.base_precision == "bfloat16":
+        # A tied embedding stays float32 and is an operand of the output's product.
+        tied = spec.model.vocab_size * spec.model.d_model if spec.model.tied_embeddings else 0
+        return bytes_per_value(spec) * (adapter_copies + tied)
     experts = counts.expert_parameters // spec.cluster.ep
     if spec.cluster.gathers_in_bfloat16:
         # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some.
@@ -176,6 +186,5 @@ def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
     elif not spec.model.tied_embeddings:
         excluded_parts.add(EMBEDDING)
     total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
-    adapter = adapter_sizes(spec)
-    total += adapter.parameters - adapter.expert_parameters + adapter.expert_parameters // spec.cluster.ep
+    total += adapter_copies
     return bytes_per_value(spec) * (total - counts.expert_parameters + experts)

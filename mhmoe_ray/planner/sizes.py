@@ -214,6 +214,11 @@ def float32_sizes(spec: ModelSpec) -> BlockSizes:
     return BlockSizes(block, block + parameters.get(ROUTER, 0), outside)
 
 
+def float32_parameters(spec: ModelSpec) -> int:
+    """Return the number of parameters of embeddings, norms and routers, which frozen matrices in bfloat16 leave out."""
+    return sum(p.layers * p.parameters for p in model_parts(spec) if p.name in (EMBEDDING, NORMS, ROUTER))
+
+
 def gathered_bytes(spec: RunSpec, parameters: int, float32_parameters: int) -> int:
     """Return the bytes of parameters that are gathered from shards; `float32_parameters` of them are always float32."""
     size = bytes_of(spec.cluster.gather_precision)

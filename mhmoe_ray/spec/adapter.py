@@ -4,7 +4,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Precision, Section
 from mhmoe_ray.spec.model import ModelSpec
 
 AdapterTarget = Literal["query", "key", "value", "out", "projections", "feed_forward", "shared", "router", "experts"]
@@ -25,6 +25,10 @@ class AdapterSpec(Section):
     """Matrices with an adapter. query, key, value, out: those of attention. projections: head and merge projections of
     MH-MoE. feed_forward: dense feed-forward layers. shared: shared experts. router: logits of linear routers. experts:
     routed experts, each with an adapter of its own. By default all that the model has, but not routers."""
+
+    base_precision: Precision = "float32"
+    """Precision in which ranks hold the frozen matrices. bfloat16 halves their memory, and needs `train.precision`
+    bfloat16, whose products round them anyway. Embeddings, norms and routers stay float32."""
 
     def matched_targets(self, model: ModelSpec) -> list[AdapterTarget]:
         """Return the targets in the order of their definition; one that the model lacks is a ValueError."""

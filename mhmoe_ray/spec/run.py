@@ -119,6 +119,11 @@ class RunSpec(Section):
             raise ValueError(
                 f"train.adapter is for strategies ddp, fsdp and hybrid, and cluster.strategy is {self.cluster.strategy}"
             )
+        if self.train.adapter.base_precision == "bfloat16" and self.train.precision != "bfloat16":
+            raise ValueError(
+                "train.adapter.base_precision bfloat16 would round the weights of products in float32: set "
+                "train.precision to bfloat16 too"
+            )
         self.train.adapter.check(self.model)
 
     def _check_dense(self) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mhmoe_ray.checkpoint.load import load_model
-from mhmoe_ray.checkpoint.manifest import newest_checkpoint
+from mhmoe_ray.checkpoint.manifest import committed_checkpoints, newest_checkpoint
 from mhmoe_ray.model.adapter import is_adapter
 from mhmoe_ray.spec import RunSpec
 from tests.support.ranks import run_ranks
@@ -24,9 +24,11 @@ ADAPTER = {
 }
 
 
-def adapter_spec(spec: RunSpec, **cluster) -> RunSpec:
-    """Return the spec with other cluster keys."""
-    return RunSpec.model_validate({**spec.model_dump(by_alias=True), "cluster": cluster})
+def adapter_spec(spec: RunSpec, precision="float32", base_precision="float32", **cluster) -> RunSpec:
+    """Return the spec with other precisions and cluster keys."""
+    adapter = {**spec.train.adapter.model_dump(), "base_precision": base_precision}
+    train = {**spec.train.model_dump(), "precision": precision, "adapter": adapter}
+    return RunSpec.model_validate({**spec.model_dump(by_alias=True), "train": train, "cluster": cluster})
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +56,25 @@ def test_every_mesh_trains_an_adapter_like_one_process(run, reference, workers, 
     assert len(reference["moments"]) == 2 * len(reference["weights"])
 
 
+def test_a_base_in_bfloat16_trains_like_its_copies_in_products(run):
+    """Products round float32 weights to bfloat16 too, so one process has equal bits."""
+    base, losses = committed_checkpoints(run)[0], {}
+    for precision, workers, cluster in (
+        ("float32", 1, {}),
+        ("bfloat16", 1, {}),
+        ("bfloat16", 2, {"workers": 2, "ep": 2}),
+        ("bfloat16", 4, {"workers": 4, "ep": 2, "strategy": "fsdp", "gather_precision": "bfloat16"}),
+    ):
+        spec = adapter_spec(run.spec(), "bfloat16", precision, **cluster)
+        losses[precision, workers] = run_ranks(workers, jobs.load_and_describe, spec, base, 6)[0]["losses"]
+    expected = losses.pop(("float32", 1))
+    assert losses["bfloat16", 1] == expected
+    assert all(values == pytest.approx(expected, rel=2e-3) for values in losses.values())
+
+
 def test_adapters_continue_on_other_meshes_and_load_as_one_model(run):
     """Training goes on from the base and the adapter of a checkpoint; readers see their sums as the weights."""
-    base = newest_checkpoint(run).checkpoint
+    base = committed_checkpoints(run)[0]
     spec = adapter_spec(run.spec(), workers=2, ep=2)
     run_ranks(2, jobs.continue_and_save, spec, run.path, base, 4)
     newest = newest_checkpoint(run)
