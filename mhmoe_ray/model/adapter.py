@@ -21,13 +21,14 @@ from mhmoe_ray.model.attention import Attention
 from mhmoe_ray.model.autocast import DTYPES
 from mhmoe_ray.model.decoder import Block
 from mhmoe_ray.model.feedforward import CastingModule, Experts
+from mhmoe_ray.model.linear import Linear, Projection
 from mhmoe_ray.model.moe import MultiHeadMoE
+from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router
 from mhmoe_ray.model.router.scores import LinearScores
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec.adapter import AdapterSpec, AdapterTarget
 
-_ALL_ROWS = {"": slice(None)}
 MARK = "lora_"
 """Start of the names of an adapter's tensors within their module."""
 
@@ -70,21 +71,23 @@ def _add_adapter(module: nn.Module, name: str, suffix: str, rank: int, rows: sli
     return matrix
 
 
-class AdaptedLinear(nn.Linear):
+class AdaptedLinear(Linear):
     """Linear layer with an adapter for each of some ranges of its rows."""
 
-    def __init__(self, linear: nn.Linear, parts: dict[str, slice], rank: int, scale: float) -> None:
+    def __init__(self, linear: Linear, parts: dict[str, slice], rank: int, scale: float, dropout_rate: float) -> None:
         """Take over a layer's parameters. `parts` has the ranges of rows by name; "" names the only one."""
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, linear.weight.device)
         self.weight, self.bias = linear.weight, linear.bias
         matrices = [
             _add_adapter(self, "weight", f"{name}_OI" if name else "OI", rank, rows) for name, rows in parts.items()
         ]
-        self.adapter = ModuleAdapter(matrices, scale)
+        self.adapter, self.dropout_rate = ModuleAdapter(matrices, scale), dropout_rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         matrices, scale = self.adapter
-        hidden = F.linear(x, torch.cat([getattr(self, m.a_name) for m in matrices]))
+        hidden = F.linear(
+            dropout(x, self.dropout_rate, generator), torch.cat([getattr(self, m.a_name) for m in matrices])
+        )
         y, sums, end = super().forward(x), [], 0
         for matrix, hidden_part in zip(matrices, hidden.chunk(len(matrices), -1), strict=True):
             rows = range(self.out_features)[matrix.rows]
@@ -110,16 +113,58 @@ class AdaptedScores(LinearScores):
         return super().forward(x_ND) + x_ND @ a_ZD.T @ b_EZ.T * scale
 
 
-def _adapt_function(module: CastingModule, rank: int, scale: float) -> None:
-    """Add an adapter to each matrix of a feed-forward layer or a stack of experts; with rank 0, to none."""
-    assert isinstance(module.function, Swiglu | GeluSubln)
-    positions, matrices = [], []
-    for position, (name, parameter) in enumerate(list(module.named_parameters())):
-        if rank and parameter.ndim - isinstance(module, Experts) == 2:
-            positions.append(position)
-            matrices.append(_add_adapter(module, name, name, rank))
-    module.function = Adapted(module.function, tuple(positions), scale)
-    module.adapter = ModuleAdapter(matrices, scale)
+class _Adapters(NamedTuple):
+    """Settings of the adapters of a model."""
+
+    targets: list[AdapterTarget]
+    rank: int
+    scale: float
+    dropout_rate: float
+
+    def adapt_linear(self, linear: Linear, parts: dict[str, slice] | None = None) -> AdaptedLinear:
+        return AdaptedLinear(linear, parts or {"": slice(None)}, self.rank, self.scale, self.dropout_rate)
+
+    def adapt_function(self, module: CastingModule, target: AdapterTarget) -> None:
+        """Add an adapter to each matrix of a feed-forward layer or a stack of experts, if it is a target."""
+        if target not in self.targets and not isinstance(module, Experts):
+            return
+        assert isinstance(module.function, Swiglu | GeluSubln)
+        positions, matrices = [], []
+        for position, (name, parameter) in enumerate(list(module.named_parameters())):
+            if target in self.targets and parameter.ndim - isinstance(module, Experts) == 2:
+                positions.append(position)
+                matrices.append(_add_adapter(module, name, name, self.rank))
+        # Frozen experts without an adapter get a function too, whose backward skips their gradients.
+        module.function = Adapted(module.function, tuple(positions), self.scale)
+        module.adapter = ModuleAdapter(matrices, self.scale)
+
+    def adapt_attention(self, attention: Attention) -> None:
+        queries, keys = attention.heads * attention.width, attention.kv_heads * attention.width
+        ends = (0, queries, queries + keys, queries + 2 * keys)
+        part_targets: dict[str, AdapterTarget] = {"q": "query", "k": "key", "v": "value"}
+        rows = {part: slice(*edges) for part, edges in zip(part_targets, pairwise(ends), strict=True)}
+        if parts := {part: rows[part] for part, target in part_targets.items() if target in self.targets}:
+            attention.qkv = self.adapt_linear(attention.qkv, parts)
+        if "out" in self.targets:
+            attention.out = self.adapt_linear(attention.out)
+
+    def adapt_mixture(self, layer: MultiHeadMoE) -> None:
+        self.adapt_function(layer.experts, "experts")
+        if layer.shared is not None:
+            self.adapt_function(layer.shared, "shared")
+        if "projections" in self.targets:
+            layer.head, layer.merge = (self.adapt_projection(module) for module in (layer.head, layer.merge))
+        if "router" in self.targets:
+            router = layer.router
+            assert isinstance(router, Router)
+            assert isinstance(router.scores, LinearScores)
+            router.scores = AdaptedScores(router.scores, self.rank, self.scale)
+
+    def adapt_projection(self, module: nn.Module) -> nn.Module:
+        """Return a linear layer, or the linear layers of a projection, with adapters; any other module as it is."""
+        if isinstance(module, Projection):
+            return Projection(*(self.adapt_projection(layer) for layer in module))
+        return self.adapt_linear(module) if isinstance(module, Linear) else module
 
 
 def add_adapters(model: Trunk, spec: AdapterSpec) -> None:
@@ -129,47 +174,15 @@ def add_adapters(model: Trunk, spec: AdapterSpec) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear | CastingModule):
                 module.to(DTYPES[spec.base_precision])
-    targets, rank, scale = spec.matched_targets(model.spec), spec.rank, spec.alpha / spec.rank
+    model.is_random |= spec.dropout > 0
+    adapters = _Adapters(spec.matched_targets(model.spec), spec.rank, spec.alpha / spec.rank, spec.dropout)
     for module in list(model.modules()):
         if isinstance(module, Block):
-            _adapt_attention(module.attention, targets, rank, scale)
-            if "feed_forward" in targets and module.ffn is not None:
-                _adapt_function(module.ffn, rank, scale)
+            adapters.adapt_attention(module.attention)
+            if module.ffn is not None:
+                adapters.adapt_function(module.ffn, "feed_forward")
         elif isinstance(module, MultiHeadMoE):
-            _adapt_mixture(module, targets, rank, scale)
-
-
-def _adapt_attention(attention: Attention, targets: list[AdapterTarget], rank: int, scale: float) -> None:
-    queries, keys = attention.heads * attention.width, attention.kv_heads * attention.width
-    ends = (0, queries, queries + keys, queries + 2 * keys)
-    part_targets: dict[str, AdapterTarget] = {"q": "query", "k": "key", "v": "value"}
-    rows = {part: slice(*edges) for part, edges in zip(part_targets, pairwise(ends), strict=True)}
-    parts = {part: rows[part] for part, target in part_targets.items() if target in targets}
-    if parts:
-        attention.qkv = AdaptedLinear(attention.qkv, parts, rank, scale)
-    if "out" in targets:
-        attention.out = AdaptedLinear(attention.out, _ALL_ROWS, rank, scale)
-
-
-def _adapt_mixture(layer: MultiHeadMoE, targets: list[AdapterTarget], rank: int, scale: float) -> None:
-    # Frozen experts get no adapter, but a function whose backward skips their gradients.
-    _adapt_function(layer.experts, rank if "experts" in targets else 0, scale)
-    if "shared" in targets and layer.shared is not None:
-        _adapt_function(layer.shared, rank, scale)
-    if "projections" in targets:
-        layer.head, layer.merge = (_adapt_projection(m, rank, scale) for m in (layer.head, layer.merge))
-    if "router" in targets:
-        router = layer.router
-        assert isinstance(router, Router)
-        assert isinstance(router.scores, LinearScores)
-        router.scores = AdaptedScores(router.scores, rank, scale)
-
-
-def _adapt_projection(module: nn.Module, rank: int, scale: float) -> nn.Module:
-    """Return a linear layer, or the linear layers of a sequence, with adapters; any other module as it is."""
-    if isinstance(module, nn.Sequential):
-        return nn.Sequential(*(_adapt_projection(m, rank, scale) for m in module))
-    return AdaptedLinear(module, _ALL_ROWS, rank, scale) if isinstance(module, nn.Linear) else module
+            adapters.adapt_mixture(module)
 
 
 class MatrixSum(NamedTuple):

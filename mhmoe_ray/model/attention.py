@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mhmoe_kernels import widen
 from mhmoe_ray.model.architectures import modules_of
 from mhmoe_ray.model.autocast import matmul_dtype
+from mhmoe_ray.model.linear import Linear
 from mhmoe_ray.model.noise import default_generator_from
 from mhmoe_ray.model.rotary import RotaryTables, rotate
 from mhmoe_ray.spec import ModelSpec
@@ -67,7 +68,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.width = spec.attention_heads, spec.n_kv_heads, spec.head_width
         self.dropout = spec.attention_dropout
         bias = spec.biased_attention
-        self.qkv = nn.Linear(spec.d_model, spec.query_width + 2 * spec.kv_width, bias=bias != "none")
+        self.qkv = Linear(spec.d_model, spec.query_width + 2 * spec.kv_width, bias=bias != "none")
         """Projection to all queries, all keys, all values."""
         self.qk_norm = spec.qk_norm
         if spec.qk_norm != "none":
@@ -75,7 +76,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(spec.head_width if is_per_head else spec.query_width, spec.norm_eps)
             self.k_norm = nn.RMSNorm(spec.head_width if is_per_head else spec.kv_width, spec.norm_eps)
         self.inner_norm = modules_of(spec).inner_norm(spec)
-        self.out = nn.Linear(spec.query_width, spec.d_model, bias=bias == "all")
+        self.out = Linear(spec.query_width, spec.d_model, bias=bias == "all")
 
     def forward(
         self,
@@ -85,25 +86,25 @@ class Attention(nn.Module):
         generator: torch.Generator | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Return the attention output; the generator is for dropout on attention weights."""
-        q, k, v = self.project(x_BTM)
+        """Return the attention output; the generator is for dropout on attention weights and of adapters."""
+        q, k, v = self.project(x_BTM, generator)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k = rotate(q, tables.q_cos_TC, tables.q_sin_TC), rotate(k, tables.k_cos_TC, tables.k_sin_TC)
         y = cached_attention(q, k, v) if cached_attention is not None else self._attend(q, k, v, generator, documents)
-        return self.merge(y.transpose(1, 2))
+        return self.merge(y.transpose(1, 2), generator)
 
-    def project(self, x_BTM: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BTM: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, each (B, T, heads, C), before rotation."""
         B, T, _ = x_BTM.shape
-        heads_BTHC = self.qkv(x_BTM).view(B, T, self.heads + 2 * self.kv_heads, self.width)
+        heads_BTHC = self.qkv(x_BTM, generator).view(B, T, self.heads + 2 * self.kv_heads, self.width)
         q, k, v = torch.split(heads_BTHC, [self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.qk_norm != "none":
             q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         return q, k, v
 
-    def merge(self, y_BTHC: Tensor) -> Tensor:
+    def merge(self, y_BTHC: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Combine the outputs of all heads into the layer's output."""
-        output: Tensor = self.out(self.inner_norm(y_BTHC.flatten(2)))
+        output: Tensor = self.out(self.inner_norm(y_BTHC.flatten(2)), generator)
         return output
 
     def _normed(self, norm: nn.Module, rows_BTHC: Tensor) -> Tensor:

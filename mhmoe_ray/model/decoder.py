@@ -145,7 +145,7 @@ class Decoder(Trunk):
             if self.is_compiled and documents.offset_N1 is not None:
                 # The number of documents changes with every micro-batch, so compiled code must accept any number.
                 torch._dynamo.maybe_mark_dynamic(documents.offset_N1, 0)
-        active_noise = noise if self.spec.is_random else None
+        active_noise = noise if self.is_random else None
         if active_noise:
             x_BTM = dropout(x_BTM, self.spec.dropout, active_noise.generator(EMBEDDING, token_BT.device))
         [x_BTM], routings = self.run_blocks(

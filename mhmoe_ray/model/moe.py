@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mhmoe_ray.model.feedforward import Dispatch, Experts, FeedForward, SharedExpert
+from mhmoe_ray.model.linear import Linear, Projection
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import BaseRouter, DomainRouter, Router, Routing, RoutingContext
 from mhmoe_ray.spec import ModelSpec
@@ -41,10 +42,10 @@ def dispatch_locally(
 def _build_projection(widths: Iterable[int]) -> nn.Module:
     """Return linear layers from each width to the next one, with ReLU between them."""
     # The layers have biases, as in the code of the MH-MoE authors, even where the rest of the model has none.
-    linear_layers = [nn.Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
+    linear_layers = [Linear(in_width, out_width) for in_width, out_width in pairwise(widths)]
     if len(linear_layers) == 1:
         return linear_layers[0]
-    return nn.Sequential(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
+    return Projection(*(module for layer in linear_layers for module in (layer, nn.ReLU())))[:-1]
 
 
 BuildRouter = Callable[[ModelSpec], BaseRouter]
@@ -79,10 +80,10 @@ class MultiHeadMoE(MoELayer):
         assert moe is not None
         self.heads, self.residual, self.dropout = moe.heads, moe.sub_token_residual, spec.dropout
         widths = spec.projection_widths
-        self.head = _build_projection(widths) if moe.has_head_projection else nn.Identity()
+        self.head = _build_projection(widths) if moe.has_head_projection else Projection()
         self.router = build_router(spec)
         self.experts = Experts(spec, range(moe.experts) if expert_ids is None else expert_ids)
-        self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else nn.Identity()
+        self.merge = _build_projection(reversed(widths)) if moe.has_merge_projection else Projection()
         self.shared = FeedForward(spec, moe.d_shared) if moe.d_shared else None
         self.dispatch = dispatch_locally
 
@@ -95,7 +96,7 @@ class MultiHeadMoE(MoELayer):
     ) -> tuple[Tensor, Routing]:
         """Return the output (B, T, M) and the routing; the generator is None in evaluation. Only router `domain` uses
         `domain_B`. `group_tokens` has the number of tokens of each modality or task."""
-        x = self.head(x_BTM)
+        x = self.head(x_BTM, generator)
         x_ND = x.reshape(-1, x.shape[-1] // self.heads)
         context = RoutingContext(len(x_BTM), domain_B, [count * self.heads for count in group_tokens])
         routing: Routing = self.router(x_ND, generator, context)
@@ -106,7 +107,7 @@ class MultiHeadMoE(MoELayer):
         y_ND, shared_BTM = self._run_experts(x_ND, routing, generator, shared)
         if self.residual:
             y_ND = x_ND + y_ND
-        y_BTM: Tensor = self.merge(y_ND.view_as(x))
+        y_BTM: Tensor = self.merge(y_ND.view_as(x), generator)
         if self.shared is not None:
             if shared_BTM is None:
                 shared_BTM = self.shared(x_BTM)

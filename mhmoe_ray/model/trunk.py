@@ -50,6 +50,7 @@ class Trunk(nn.Module, ABC):
         """What to recompute of each block (`TrainSpec.recompute`), apart from `MoESpec.recompute`."""
         self.residual_dtype: torch.dtype | None = None  # None keeps the dtype of embeddings, float32 or wider
         self.is_compiled = False
+        self.is_random = spec.is_random  # whether training draws random numbers
 
     @abstractmethod
     def final_norms(self) -> list[nn.Module]:

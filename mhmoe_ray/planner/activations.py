@@ -2,7 +2,7 @@
 
 from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.adapters import kept_values
+from mhmoe_ray.planner.adapters import kept_bytes
 from mhmoe_ray.planner.family import (
     ATTENTION,
     EXPERTS,
@@ -29,14 +29,14 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
     moe = model.moe
     norm = model.architecture.norm_saved_bytes(model.d_model, size)
     mask = model.d_model if model.dropout else 0  # a mask of dropout has one byte per value
-    kept_bytes = {name: size * kept_values(spec, name) for name in (ATTENTION, FEED_FORWARD, *MIXTURE_PARTS)}
-    attention_part = norm + _attention_bytes(model, size) + mask + kept_bytes[ATTENTION]
+    adapter_bytes = {name: kept_bytes(spec, name, size) for name in (ATTENTION, FEED_FORWARD, *MIXTURE_PARTS)}
+    attention_part = norm + _attention_bytes(model, size) + mask + adapter_bytes[ATTENTION]
     hidden = model.architecture.hidden_saved_bytes(model.d_ff, size) + mask if model.d_ff is not None else 0
-    hidden += kept_bytes[FEED_FORWARD]
+    hidden += adapter_bytes[FEED_FORWARD]
     dense = attention_part + norm + hidden
     mixture = attention_part + norm + hidden * model.has_experts_beside
     if moe is not None:
-        mixture += _moe_bytes(spec, model, moe, size) + sum(kept_bytes[name] for name in MIXTURE_PARTS)
+        mixture += _moe_bytes(spec, model, moe, size) + sum(adapter_bytes[name] for name in MIXTURE_PARTS)
         mixture += _expert_dropout_bytes(model, moe, size) if model.dropout else 0
     block_input = model.d_model * bytes_of(spec.train.residual_precision)
     # With recompute `exchange`, a block with distributed experts is recomputed only up to its second norm, and keeps

@@ -22,6 +22,8 @@ class AdaptedPart(NamedTuple):
     """Number of parameters of one copy."""
     hidden_values: int
     """Number of products with A, per row, that the backward needs."""
+    dropout_values: int
+    """Number of values per token to which dropout applies; the input of queries, keys and values counts each time."""
 
 
 def adapted_parts(spec: RunSpec) -> Iterator[AdaptedPart]:
@@ -33,7 +35,8 @@ def adapted_parts(spec: RunSpec) -> Iterator[AdaptedPart]:
 
     def part(name: str, layers: int, shapes: list[tuple[int, int]], copies: int = 1, rows: int = 1) -> AdaptedPart:
         rank = adapter.rank
-        return AdaptedPart(name, layers, copies, rows, rank * sum(map(sum, shapes)), rank * len(shapes))
+        dropout_values = sum(width for width, _ in shapes) if name in (ATTENTION, PROJECTIONS) else 0
+        return AdaptedPart(name, layers, copies, rows, rank * sum(map(sum, shapes)), rank * len(shapes), dropout_values)
 
     parts = {
         "query": part(ATTENTION, model.layers, [(d, queries)]),
@@ -59,6 +62,11 @@ def adapter_macs(spec: RunSpec, name: str | None = None) -> int:
     return sum(p.layers * p.rows * p.parameters for p in adapted_parts(spec) if name in (None, p.name))
 
 
-def kept_values(spec: RunSpec, name: str) -> int:
-    """Return the values per token that the adapters of a part keep for the backward in one layer."""
-    return sum(p.rows * p.hidden_values for p in adapted_parts(spec) if p.name == name)
+def kept_bytes(spec: RunSpec, name: str, size: int) -> int:
+    """Return the bytes per token that the adapters of a part keep for the backward in one layer."""
+    adapter, parts = spec.train.adapter, [p for p in adapted_parts(spec) if p.name == name]
+    total = size * sum(p.rows * p.hidden_values for p in parts)
+    if adapter and adapter.dropout:
+        # Dropout keeps its result, and a mask of one byte per value.
+        total += (size + 1) * sum(p.dropout_values for p in parts)
+    return total

@@ -116,7 +116,7 @@ def choose_settings(spec: RunSpec, nodes: Sequence[Node] = ()) -> tuple[RunSpec,
         return spec, {}
     chosen_keys: Keys = {}
     if unset_keys(spec, ["train.compile"]):
-        chosen_keys["train.compile"] = not spec.model.is_random
+        chosen_keys["train.compile"] = not spec.is_random
         spec = update_keys(spec, chosen_keys)
     free_keys = unset_keys(spec, SEARCHED_KEYS - PRECISIONS)
     if not free_keys:

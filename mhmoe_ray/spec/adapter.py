@@ -21,6 +21,9 @@ class AdapterSpec(Section):
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Rate of dropout on the rows that A multiplies, in attention and projections. Adapters of feed-forward layers,
+    experts and routers have none."""
     targets: list[AdapterTarget] = Field(default_factory=list)
     """Matrices with an adapter. query, key, value, out: those of attention. projections: head and merge projections of
     MH-MoE. feed_forward: dense feed-forward layers. shared: shared experts. router: logits of linear routers. experts:
@@ -50,7 +53,13 @@ class AdapterSpec(Section):
                 f"model.moe.kernel is {moe.kernel}, but experts with train.adapter have a kernel of their own: set "
                 "kernel to auto"
             )
-        for target in self.matched_targets(model):
+        matched_targets = self.matched_targets(model)
+        if self.dropout and not {*ATTENTION_TARGETS, "projections"} & set(matched_targets):
+            raise ValueError(
+                f"train.adapter.dropout is {self.dropout:g}, but none of {', '.join(matched_targets)} has dropout: "
+                "remove it, or add another target"
+            )
+        for target in matched_targets:
             if self.rank > widths[target]:
                 raise ValueError(
                     f"train.adapter.rank is {self.rank}, above the width {widths[target]} of {target}: lower it"

@@ -194,16 +194,21 @@ class RunSpec(Section):
             moe.experts // self.cluster.ep,
         )
 
+    @property
+    def is_random(self) -> bool:
+        """True if training draws random numbers, as for dropout."""
+        return self.model.is_random or (self.train.adapter is not None and self.train.adapter.dropout > 0)
+
     def check_compilation(self) -> None:
         """Raise a SpecError if the spec asks for torch.compile, but the model draws random numbers.
 
         Reading a spec does not include this check, so that specs of older runs can still be read.
         """
-        if self.train.compile and self.model.is_random:
+        if self.train.compile and self.is_random:
             reason = "it cannot compile random numbers that are the same for any number of workers"
             fix = (
-                "set dropout, attention_dropout, moe.jitter, moe.noise and moe.expert_dropout of the model to 0 and "
-                "moe.second_expert to always"
+                "set dropout, attention_dropout, moe.jitter, moe.noise and moe.expert_dropout of the model and "
+                "train.adapter.dropout to 0 and moe.second_expert to always"
             )
             raise SpecError("train.compile", reason, f"{fix}, or train.compile to false")
 

@@ -5,6 +5,7 @@ rounds (`mhmoe_ray.bench.timing`), and returns a `Results`.
 
 __main__.py         the command line: options of each benchmark
 harness.py          results of a benchmark, as a table or as JSON
+adapter.py          training steps of adapters, beside TRL with PEFT
 checkpoint.py       time that a checkpoint blocks training, and memory that it takes
 commands.py         latency of the command line
 ingest.py           from text to shards to micro-batches

@@ -1,6 +1,6 @@
 """Command line of the project's own benchmarks. With --json, the table goes to stderr.
 
-python -m tests.benchmarks checkpoint|commands|ingest|store|dispatch [options]
+python -m tests.benchmarks adapter|checkpoint|commands|ingest|store|dispatch [options]
 """
 
 import os
@@ -24,9 +24,25 @@ def use_worker_memory(context: typer.Context) -> None:
     """Restart this process with the memory allocator's settings of training workers if the benchmark needs them."""
     # The allocator reads its settings only when a process starts, so this process is replaced by one with these
     # settings. `mhmoe bench` does the same.
-    timed_benchmarks = ("checkpoint", "dispatch")
+    timed_benchmarks = ("adapter", "checkpoint", "dispatch")
     if context.invoked_subcommand in timed_benchmarks and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
+
+
+@app.command()
+def adapter(
+    seq_len: Annotated[int, typer.Option(min=2, help="T")] = 255,
+    batch_size: Annotated[int, typer.Option(min=1, help="b")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of both.")] = 15,
+    json: JsonOption = False,
+) -> None:
+    """Time training steps of adapters of a small Mixtral, beside those of TRL's trainer with PEFT (`pip install trl
+    peft`)."""
+    from mhmoe_ray.bench.timing import find_hardware
+    from tests.benchmarks.adapter import measure
+
+    with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
+        measure(seq_len, batch_size, rounds, Path(folder), find_hardware("cpu")).print(json)
 
 
 @app.command()

@@ -22,11 +22,12 @@ ADAPTER = {
     "rank": 4,
     "targets": ["query", "value", "out", "projections", "feed_forward", "shared", "router", "experts"],
 }
+DROPOUT = 0.2
 
 
-def adapter_spec(spec: RunSpec, precision="float32", base_precision="float32", **cluster) -> RunSpec:
-    """Return the spec with other precisions and cluster keys."""
-    adapter = {**spec.train.adapter.model_dump(), "base_precision": base_precision}
+def adapter_spec(spec: RunSpec, dropout=0.0, precision="float32", base_precision="float32", **cluster) -> RunSpec:
+    """Return the spec with other keys of the adapter and the cluster."""
+    adapter = {**spec.train.adapter.model_dump(), "base_precision": base_precision, "dropout": dropout}
     train = {**spec.train.model_dump(), "precision": precision, "adapter": adapter}
     return RunSpec.model_validate({**spec.model_dump(by_alias=True), "train": train, "cluster": cluster})
 
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(run):
-    return run_ranks(1, jobs.train_and_collect, run.spec(), 6)[0]
+    return run_ranks(1, jobs.train_and_collect, adapter_spec(run.spec(), DROPOUT), 6)[0]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def reference(run):
     [(2, 2, "ddp", False), (4, 4, "fsdp", False), (4, 2, "fsdp", True), (2, 1, "fsdp", True), (2, 1, "ddp", False)],
 )
 def test_every_mesh_trains_an_adapter_like_one_process(run, reference, workers, ep, strategy, shard_experts):
-    spec = adapter_spec(run.spec(), workers=workers, ep=ep, strategy=strategy, shard_experts=shard_experts)
+    spec = adapter_spec(run.spec(), DROPOUT, workers=workers, ep=ep, strategy=strategy, shard_experts=shard_experts)
     for result in run_ranks(workers, jobs.train_and_collect, spec, 6):
         assert_alike(result, reference)
     assert all(map(is_adapter, reference["weights"]))
@@ -65,7 +66,7 @@ def test_a_base_in_bfloat16_trains_like_its_copies_in_products(run):
         ("bfloat16", 2, {"workers": 2, "ep": 2}),
         ("bfloat16", 4, {"workers": 4, "ep": 2, "strategy": "fsdp", "gather_precision": "bfloat16"}),
     ):
-        spec = adapter_spec(run.spec(), "bfloat16", precision, **cluster)
+        spec = adapter_spec(run.spec(), 0.0, "bfloat16", precision, **cluster)
         losses[precision, workers] = run_ranks(workers, jobs.load_and_describe, spec, base, 6)[0]["losses"]
     expected = losses.pop(("float32", 1))
     assert losses["bfloat16", 1] == expected

@@ -19,7 +19,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._matrix = PackedMatrix(linear.weight, linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, generator: None = None) -> Tensor:
         return self._matrix(x)
 
 

@@ -68,7 +68,7 @@ class Encoder(Trunk):
 
     def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
         """Return the outputs of the last norms for a micro-batch."""
-        active_noise = noise if self.spec.is_random else None
+        active_noise = noise if self.is_random else None
         image_NSM, text_NTM = self._embed(batch, active_noise)
         # Blocks get only the sizes of the batch's groups of samples. If compiled blocks depended on the numbers of
         # hidden patches and tokens, they would be compiled again for almost every micro-batch.

@@ -211,7 +211,7 @@ class Vision(Trunk):
 
     def encode(self, images: Sequence[Tensor], noise: Noise | None = None) -> Features:
         """Return the outputs of the last norm for the images of each task."""
-        active_noise = noise if self.spec.is_random else None
+        active_noise = noise if self.is_random else None
         inputs = [task_input(image) for task_input, image in zip(self.inputs.values(), images, strict=True)]
         shapes = [GroupShape(*x.shape[:2]) for x in inputs]
         x_1RM = torch.cat([x.flatten(0, 1) for x in inputs])[None]
