@@ -4,7 +4,7 @@ resolve.py      spec files with preset, size and match; presets by name
 presets.py      presets in families of three sizes        papers.py       the papers' models
 adapt.py        micro-batches, ep and sharding for GPUs   search.py       the fastest settings that fit, by estimate
 match.py        expert width and count that match a reference model, and the comparison with it
-sizes.py        parameters, multiply-adds, bytes per value
+sizes.py        parameters, multiply-adds, bytes     adapters.py     the same of an adapter
 family.py       the part of a plan that differs between families, and that of decoders
 placement.py    ranks on nodes, and expert-parallel groups
 memory.py       bytes that a rank holds                   activations.py  bytes that layers keep for the backward
