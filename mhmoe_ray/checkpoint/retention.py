@@ -2,7 +2,7 @@
 
 import math
 
-from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group, stored_manifest
+from mhmoe_ray.checkpoint.manifest import MANIFEST, committed_checkpoints, step_and_group
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.storage import Location, remove_tree, sync
@@ -15,8 +15,9 @@ class RetentionPolicy:
     cannot be the best. `events.checkpoints_in_use` says which checkpoints applications and batch inferences use.
     """
 
-    def __init__(self, run: RunDir, newest_count: int) -> None:
-        self._run, self._newest_count = run, newest_count
+    def __init__(self, run: RunDir, newest_count: int, base: str | None = None) -> None:
+        """Keep `newest_count` checkpoints, and that with the name `base`, which the adapter of all others needs."""
+        self._run, self._newest_count, self._base = run, newest_count, base
         self._losses: dict[int, float] | None = None
         """Validation loss by step; None until the run's history is first needed and read."""
 
@@ -41,12 +42,10 @@ class RetentionPolicy:
         # A replica of an application or a worker of a batch inference may start again at any time, and then loads the
         # checkpoint again.
         names_in_use = events.checkpoints_in_use(events.read(self._run))
-        if checkpoints and (adapter := stored_manifest(checkpoints[-1]).adapter):
-            names_in_use |= {adapter.base}
         return [
             path
             for path in checkpoints[: -self._newest_count]
-            if path != best_checkpoint and path.name not in names_in_use
+            if path != best_checkpoint and path.name not in {*names_in_use, self._base}
         ]
 
 

@@ -133,7 +133,6 @@ class Saver:
         self._before_commit, self._after_commit = before_commit, after_commit
         self._run, self._trainer, self._group, self._on_piece = run, trainer, group, on_piece
         newest_count = trainer.spec.train.keep_checkpoints
-        self._retention = RetentionPolicy(run, newest_count) if newest_count and trainer.mesh.rank == 0 else None
         trainer.before_update = self._wait_for_copy
         # Ranks may write for a long time. The watchdog, not this timeout, ends a rank that hangs.
         timeout = timedelta(days=1)
@@ -151,6 +150,9 @@ class Saver:
             base = run.checkpoints / checkpoint_name(0, 0)
             base_sha256 = stored_manifest(base).weights_sha256
             self._adapter = AdapterRecord(spec=trainer.spec.train.adapter, base=base.name, base_sha256=base_sha256)
+        self._retention: RetentionPolicy | None = None
+        if newest_count and trainer.mesh.rank == 0:
+            self._retention = RetentionPolicy(run, newest_count, self._adapter and self._adapter.base)
         self._thread: Thread | None = None
         self._error: Exception | None = None
 

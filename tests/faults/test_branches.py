@@ -106,6 +106,26 @@ def test_a_killed_branch_with_a_new_source_equals_an_undisturbed_one(folder, bas
     assert f"copied from {base.id}, step 20, 2,560 tokens, with the optimizer's state" in " ".join(status.out.split())
 
 
+@pytest.mark.slow
+def test_a_killed_adapter_equals_an_undisturbed_one(folder, base):
+    train = {**TRAIN, "steps": 20, "micro_batches": 4, "micro_batch_size": 3, "keep_checkpoints": 1}
+    branch_spec(folder, base, start={"from": base.id}, train={**train, "adapter": {"rank": 4, "dropout": 0.1}})
+    run = harness.submit(folder)
+    worker = harness.workers_of_start(run, 1)[1]
+    wait_until(lambda: step_of(run) >= 7, "seven steps")
+    harness.kill(worker["pid"])
+    wait_for_end(run)
+    undisturbed_run = harness.submit(folder)
+    wait_for_end(undisturbed_run)
+    harness.assert_equals_undisturbed_run(run, undisturbed_run)
+    checked = mhmoe(folder, "resume", run.id, "--check")
+    assert checked.code == 0, checked.err
+    first_checkpoint, *_, newest_checkpoint = committed_checkpoints(run)
+    manifest = stored_manifest(newest_checkpoint)
+    assert manifest.adapter.base == first_checkpoint.name
+    assert manifest.adapter.base_sha256 == stored_manifest(first_checkpoint).weights_sha256
+
+
 def assert_first_loss_is_that_of_the_start(run: RunDir) -> None:
     """Assert that a branch's first loss is that of the checkpoint it starts from, on the same samples.
 
