@@ -152,7 +152,7 @@ class Saver:
             self._adapter = AdapterRecord(spec=trainer.spec.train.adapter, base=base.name, base_sha256=base_sha256)
         self._retention: RetentionPolicy | None = None
         if newest_count and trainer.mesh.rank == 0:
-            self._retention = RetentionPolicy(run, newest_count, self._adapter and self._adapter.base)
+            self._retention = RetentionPolicy(run, newest_count, self._adapter.base if self._adapter else None)
         self._thread: Thread | None = None
         self._error: Exception | None = None
 

@@ -224,10 +224,10 @@ def test_imported_run_can_be_found(tmp_path, mixtral_folder):
     assert newest_checkpoint(run)[1].seq_len == 32
 
 
-@pytest.mark.parametrize("function", ["read_tensors", "read_index"])
+@pytest.mark.parametrize("function", ["load_tensors", "read_index"])
 def test_read_failure_is_not_reported_as_write_failure(tmp_path, monkeypatch, function):
     run = make_run(tmp_path, MODELS["dense"])
-    monkeypatch.setattr(f"mhmoe_ray.checkpoint.huggingface.export.{function}", raise_read_error)
+    monkeypatch.setattr(f"mhmoe_ray.checkpoint.load.{function}", raise_read_error)
     with pytest.raises(
         CheckpointError, match=r"^checkpoint \S+step_00000007\.1: it cannot be read: Input/output error; "
     ):
