@@ -25,6 +25,7 @@ from mhmoe_ray.model.linear import Linear, Projection
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.noise import dropout
 from mhmoe_ray.model.router import Router
+from mhmoe_ray.model.router.base import BaseScores
 from mhmoe_ray.model.router.scores import LinearScores
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec.adapter import AdapterSpec, AdapterTarget
@@ -99,7 +100,7 @@ class AdaptedLinear(Linear):
         return y + torch.cat(sums, -1) * scale
 
 
-class AdaptedScores(LinearScores):
+class AdaptedScores(BaseScores):
     """Logits of a linear router with an adapter."""
 
     def __init__(self, scores: LinearScores, rank: int, scale: float) -> None:
@@ -110,7 +111,7 @@ class AdaptedScores(LinearScores):
     def forward(self, x_ND: Tensor) -> Tensor:
         [matrix], scale = self.adapter
         a_ZD, b_EZ = (widen(getattr(self, name)) for name in (matrix.a_name, matrix.b_name))
-        return super().forward(x_ND) + x_ND @ a_ZD.T @ b_EZ.T * scale
+        return x_ND @ widen(self.weight_ED).T + x_ND @ a_ZD.T @ b_EZ.T * scale
 
 
 class _Adapters(NamedTuple):
