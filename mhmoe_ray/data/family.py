@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
-from mhmoe_ray.data.shards.columns import EXPERT, StoredColumns, columns_of
+from mhmoe_ray.data.shards.columns import EXPERT, SAMPLE, StoredColumns, columns_of
 from mhmoe_ray.spec import MicroBatchPart, ModelSpec, RunSpec
 from mhmoe_ray.storage import Location
 
@@ -115,6 +115,8 @@ class DecoderData(FamilyData):
 
     def stream_columns(self, samples: "TrainingSamples", rows: np.ndarray) -> dict[str, np.ndarray]:
         columns, experts = columns_of(samples.read(rows)), samples.experts(rows)
+        if samples.has_pairs:
+            columns[SAMPLE] = samples.numbers(rows)
         return columns if experts is None else {**columns, EXPERT: experts}
 
 

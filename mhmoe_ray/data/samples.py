@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -33,6 +34,7 @@ class TrainingSamples:
         self._spec, self._manifest = spec, require_data_manifest(spec.data.prepared)
         self._names, self._order = training_order(spec, self._manifest, samples_before)
         self.token_bytes = self._manifest.token_bytes
+        self.has_pairs = bool(spec.data.pair_sources)
         self._expert_numbers = domain_experts(spec.model.moe, self._names)
         shards = [self._manifest.domains[name].shards for name in self._names]
         plan = plan_cache(spec.data.prepared, self._manifest, spec.cluster.shard_cache)
@@ -55,6 +57,13 @@ class TrainingSamples:
     def experts(self, positions: np.ndarray) -> np.ndarray | None:
         """Return the expert of each position for router `domain`, or None."""
         return None if self._expert_numbers is None else self._expert_numbers[self._order(positions)[0]]
+
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        """Return the number of each sample among those of all domains, in the order of the data manifest."""
+        domains, numbers = self._order(positions)
+        counts = {name: domain.samples for name, domain in self._manifest.domains.items()}
+        firsts = dict(zip(counts, accumulate(counts.values(), initial=0), strict=False))
+        return np.array([firsts[name] for name in self._names], np.int64)[domains] + numbers
 
     def _by_domain(self, positions: np.ndarray) -> Iterator[tuple[np.ndarray, ShardReader, np.ndarray]]:
         """Yield the indices of each domain's samples in `positions`, the domain's reader, and their numbers in it."""

@@ -26,6 +26,7 @@ from mhmoe_ray.model.loss import token_losses
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.trunk import Trunk
 from mhmoe_ray.spec import DataSpec
+from mhmoe_ray.spec.formats import CHAT_FORMATS
 from mhmoe_ray.storage import Location
 
 
@@ -69,7 +70,7 @@ def text_samples(data: DataSpec, encoder: DocumentEncoder, seq_len: int, max_sam
     # Neighbouring samples overlap by one token, so n samples of T targets take n * T + 1 tokens.
     max_tokens = max_samples * seq_len + 1
     for file in find_files(data):
-        if file.format == "chat":
+        if file.format in CHAT_FORMATS:
             continue
         domain_ids = ids_by_domain.setdefault(file.domain, [])
         if len(domain_ids) >= max_tokens:
@@ -118,7 +119,7 @@ def conversation_samples(
     """
     padding, rows_by_domain, token_counts = padding_token(_TOKEN_BYTES), dict[str, list[np.ndarray]](), Counter[str]()
     for file in find_files(data):
-        if file.format != "chat":
+        if file.format not in CHAT_FORMATS:
             continue
         domain_rows = rows_by_domain.setdefault(file.domain, [])
         for item in FileReader(file, data, template):

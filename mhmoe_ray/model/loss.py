@@ -32,7 +32,7 @@ class Loss(NamedTuple):
     """Cross-entropy of a batch in nats, float32."""
 
     sum: Tensor  # over the targets that count, a scalar with gradients
-    token_BT: Tensor  # without gradients; 0 for targets that do not count
+    token_BT: Tensor  # 0 for targets that do not count; without gradients if chunked
 
 
 def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def token_losses(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 def full_loss(logits_BTV: Tensor, targets: Targets) -> Loss:
     """Return the cross-entropy of a batch from all logits at once."""
     loss_BT = token_losses(logits_BTV, targets.token_BT) * targets.counts_BT
-    return Loss(loss_BT.sum(), loss_BT.detach())
+    return Loss(loss_BT.sum(), loss_BT)
 
 
 def chunked_loss(x_BTM: Tensor, weight_VM: Tensor, targets: Targets, chunk_rows: int) -> Loss:

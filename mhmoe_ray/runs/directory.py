@@ -71,6 +71,7 @@ class RunDir:
     classes_file = PathOf("classes.json")
     chat_template_file = PathOf(CHAT_TEMPLATE)
     start_file = PathOf("start.json")
+    reference_file = PathOf("reference.arrow")
     checkpoints = PathOf("checkpoints")
     stop_file = PathOf("stop")
     ray = PathOf("ray")

@@ -15,8 +15,8 @@ from mhmoe_ray.spec.cluster import ClusterSpec, format_mesh
 
 EventKind = Literal[
     "submitted", "began", "preparing", "prepared", "initialized", "waiting", "restoring", "started", "hung", "lost",
-    "straggler", "checkpoint", "profile", "preempted", "adapted", "spike", "skipped_checkpoint", "dropped_checkpoint",
-    "finished", "stopped", "failed", "served", "answering", "answered", "imported",
+    "straggler", "checkpoint", "profile", "preempted", "adapted", "referenced", "spike", "skipped_checkpoint",
+    "dropped_checkpoint", "finished", "stopped", "failed", "served", "answering", "answered", "imported",
 ]  # fmt: skip
 # Older versions of this project recorded the path of a skipped checkpoint in place of its name.
 _Name = Annotated[str, Field(pattern=r"(^|/)step_[0-9]{1,18}\.[0-9]{1,18}$")]
@@ -71,6 +71,8 @@ FIELDS: dict[EventKind, dict[str, Any]] = {
     "preempted": {"step": Required[Count], "nodes": Required[list[str]], "deadline": Required[Time | None]},
     # New number of experts that a task of a vision model chooses.
     "adapted": {"step": Required[Count], "task": Required[str], "top_k": Required[Count]},
+    # Pairs whose reference log-probabilities were computed, of training and of validation.
+    "referenced": {"pairs": Required[Count], "held_out": Required[Count], "seconds": Required[Figure]},
     "spike": {"step": Required[Count], "reason": Required[str]},  # a step whose update was skipped
     "skipped_checkpoint": {"name": Required[_Name], "reason": Required[str]},
     "dropped_checkpoint": {"name": str},

@@ -92,7 +92,8 @@ STEP = _metric(
 STEPS = _metric("steps", "Number of steps of the complete run.")
 LOSS = _metric(
     "loss",
-    "Mean loss of the newest step, in nats per token; of encoders and vision models, the weighted sum over all parts.",
+    "Mean loss of the newest step, in nats per token, or of pairs in nats per pair; of encoders and vision models, the "
+    "weighted sum over all parts.",
     tag="loss/training",
     panel=Panel("training", "Loss", "{{run}} training"),
     plot=Plot("training loss", "nats per token"),
@@ -114,6 +115,19 @@ VAL_PART_LOSS = _metric(
     "Loss of the newest validation on the held-out samples of each part, in the unit of `part_loss`.",
     scope="part",
     panel=Panel("training", "Loss", "{{run}} validation, {{part}}"),
+)
+REWARDS = _metric(
+    "rewards",
+    "Direct preference optimization: mean rewards of the chosen and the rejected answers of the newest step, their "
+    "margins, and the share of pairs with a positive margin.",
+    scope="part",
+    panel=Panel("training", "Rewards", "{{run}} training, {{part}}"),
+)
+VAL_REWARDS = _metric(
+    "val_rewards",
+    "The same of the newest validation on held-out pairs.",
+    scope="part",
+    panel=Panel("training", "Rewards", "{{run}} validation, {{part}}"),
 )
 TOKENS_PER_S = _metric(
     "tokens_per_s",
@@ -240,7 +254,7 @@ VAL_TOKENS = _metric("val_tokens", "Held-out tokens of the validation.", scope="
 
 parse_line = object_parser({
     **dict.fromkeys(METRICS, Figure | None),
-    **dict.fromkeys((PART_LOSS, VAL_PART_LOSS), dict[str, Figure | None]),
+    **dict.fromkeys((PART_LOSS, VAL_PART_LOSS, REWARDS, VAL_REWARDS), dict[str, Figure | None]),
     **dict.fromkeys((ROWS_SENT, ROWS_BETWEEN_NODES, ROWS_LEAST, COUNTS_SENT, SKIPPED_STEPS, VAL_TOKENS), Count),
     **{TASK_TOP_K: dict[str, Count], STREAM: str, SKIPPED: bool},
     **{STEP: Required[Annotated[int, Field(gt=0, lt=2**63)]], GROUP: Required[Count], TOKENS: Required[Count]},
@@ -252,8 +266,14 @@ parse_line = object_parser({
 def tagged_values(line: dict[str, Any]) -> dict[str, float]:
     """Return the finite values in a step's line of metrics by their tags in trackers."""
     values = {metric.tag: line.get(name) for name, metric in METRICS.items() if metric.tag}
-    for kind, name in (("training", PART_LOSS), ("validation", VAL_PART_LOSS)):
-        values |= {f"loss/{kind}_{part}": value for part, value in line.get(name, {}).items()}
+    prefixes = {
+        PART_LOSS: "loss/training",
+        VAL_PART_LOSS: "loss/validation",
+        REWARDS: "rewards/training",
+        VAL_REWARDS: "rewards/validation",
+    }
+    for name, prefix in prefixes.items():
+        values |= {f"{prefix}_{part}": value for part, value in line.get(name, {}).items()}
     return {tag: value for tag, value in values.items() if value is not None and math.isfinite(value)}
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from mhmoe_ray.spec.base import OptionalTokenCount, SampleCount, Section, StepCount, StoragePath
 from mhmoe_ray.spec.filters import FilterSpec
-from mhmoe_ray.spec.formats import FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
+from mhmoe_ray.spec.formats import CHAT_FORMATS, FORMATS, IMAGE_COLUMNS, SOURCE_KEYS, Column, Format, formats_with
 from mhmoe_ray.spec.parts import Objective
 from mhmoe_ray.storage import refuse_password
 
@@ -66,9 +66,11 @@ class SourceSpec(Section):
     format: Format | None = None
     """Format of the files. By default it is recognized by the files' names. RedPajama-1T and most other data sets are
     `jsonl`. Conversations (`chat`) are never recognized: JSON lines or Parquet whose records have `messages`, a list of
-    {role, content}, or a `prompt` and a `completion`. Images are not recognized either: `webdataset` (tar files with an
-    image and a caption under each key), `images` (folders of image files, as ImageNet has them) and `coco` (captions in
-    COCO's JSON). Parquet and `huggingface` may have images as well; see `columns`."""
+    {role, content}, or a `prompt` and a `completion`. Nor are pairs (`preferences`), for direct preference optimization
+    (`train.dpo`): records with a `prompt` and two answers to it, `chosen` and `rejected`, each a text or a list of
+    messages; lists of whole conversations need no `prompt`. Images are not recognized either: `webdataset` (tar files
+    with an image and a caption under each key), `images` (folders of image files, as ImageNet has them) and `coco`
+    (captions in COCO's JSON). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
     """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or
     `image` and `objects`. The default is text and image for webdataset and coco, image for format images, and text for
@@ -223,7 +225,9 @@ class DataSpec(Section):
     that are longer are cut. A longer text without an image becomes several samples."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Packing of documents into samples. concat: documents follow each other and are cut where a sample ends. best_fit:
-    documents that fit are not cut. Samples are filled up with padding, whose targets do not count in the loss."""
+    documents that fit are not cut. Samples are filled up with padding, whose targets do not count in the loss. With
+    best_fit, a pair of conversations (format `preferences`) has a sample of its own. If both together have more than T
+    tokens, the ends of the longer one or of both are cut, down to T / 2 tokens each."""
     images: ImageSpec = ImageSpec()
     """Size limits of images, and their crops in training."""
     tokenizer: StoragePath | None = None
@@ -238,8 +242,8 @@ class DataSpec(Section):
     """Amount of text that the tokenizer is trained on, in millions of characters; by default 20. The text is a sample
     of all domains in the proportions of the mixture."""
     chat_template: StoragePath | None = None
-    """Path or URI of the Jinja template that renders conversations (sources of format `chat`); by default a built-in
-    one. The run directory gets a copy, so that the trained model is served with it."""
+    """Path or URI of the Jinja template that renders conversations (formats `chat` and `preferences`); by default a
+    built-in one. The run directory gets a copy, so that the trained model is served with it."""
     validation_fraction: float = Field(default=0.01, gt=0, lt=0.5)
     """Share of documents that are held out for validation. They are chosen by a hash of their text."""
     validation_samples: PositiveInt = 512
@@ -283,7 +287,7 @@ class DataSpec(Section):
             if self.tokenizer is not None and getattr(self, key) is not None:
                 raise ValueError(f"a tokenizer is given and none is trained, so {key} would be ignored")
         if self.chat_template is not None and not self.chat_sources:
-            raise ValueError("chat_template is for sources of format chat, and there is none: remove it")
+            raise ValueError("chat_template is for sources of format chat or preferences, and there is none: remove it")
         return self
 
     def _check_parts(self) -> None:
@@ -340,7 +344,12 @@ class DataSpec(Section):
 
     @property
     def chat_sources(self) -> list[str]:
-        return [name for name, source in self.sources.items() if source.format == "chat"]
+        """Names of the sources with conversations, which may be those of pairs."""
+        return [name for name, source in self.sources.items() if source.format in CHAT_FORMATS]
+
+    @property
+    def pair_sources(self) -> list[str]:
+        return [name for name, source in self.sources.items() if source.format == "preferences"]
 
     @property
     def train_mb(self) -> float:

@@ -12,8 +12,8 @@ _PARQUET = (".parquet",)
 class FormatTraits(NamedTuple):
     """Properties of a format of raw data, by which its files are found, checked and read."""
 
-    reader: str | None
-    """Module and name of the `FormatReader` of a file; None for `chat`, which also needs a template."""
+    reader: str
+    """Module and name of the `FormatReader` of a file, or of the `ChatReader` if the format has conversations."""
     suffixes: tuple[str, ...] = ()
     """Suffixes of files; empty if files are found by the folders that contain them."""
     is_recognized: bool = False
@@ -23,6 +23,8 @@ class FormatTraits(NamedTuple):
     """Keys of `SOURCE_KEYS` that apply."""
     columns: tuple[Column, ...] = ("text",)
     possible_columns: tuple[Column, ...] = ("text",)
+    is_chat: bool = False
+    """True if records have conversations, which a chat template renders."""
 
 
 FORMATS: dict[str, FormatTraits] = {
@@ -44,7 +46,8 @@ FORMATS: dict[str, FormatTraits] = {
         possible_columns=("class", "image", "text"),
     ),
     # A record with a conversation may have a text as well, so only the spec can tell which of the two to use.
-    "chat": FormatTraits(None, _JSON_LINES + _PARQUET),
+    "chat": FormatTraits(f"{_READERS}.chat:read_chat", _JSON_LINES + _PARQUET, is_chat=True),
+    "preferences": FormatTraits(f"{_READERS}.preferences:read_preferences", _JSON_LINES + _PARQUET, is_chat=True),
     "webdataset": FormatTraits(
         f"{_READERS}.webdataset:read_webdataset",
         (".tar", ".tar.gz", ".tgz", ".tar.zst"),
@@ -66,6 +69,7 @@ FORMATS: dict[str, FormatTraits] = {
     ),
 }
 """All formats by their name in a spec (`data.sources.NAME.format`)."""
+CHAT_FORMATS = [name for name, traits in FORMATS.items() if traits.is_chat]
 if TYPE_CHECKING:
     Format = str
 else:

@@ -28,6 +28,10 @@ class ObjectiveTraits(NamedTuple):
     """True if images are compared with all texts of the part in a micro-batch, and encoded apart."""
     loss: LossKind | None = None
     """Kind of the single loss; None if each column has a loss."""
+    implementation: str | None = None
+    """Module and name of the `train.objectives.Objective` subclass, if it is not that of the model's family."""
+    figures: tuple[str, ...] = ()
+    """Names of figures besides the loss, which are means over samples."""
 
     @property
     def needs_pairs(self) -> bool:
@@ -37,6 +41,11 @@ class ObjectiveTraits(NamedTuple):
 
 OBJECTIVES: dict[str, ObjectiveTraits] = {
     "next_token": ObjectiveTraits("decoder"),
+    "dpo": ObjectiveTraits(
+        "decoder",
+        implementation="mhmoe_ray.train.objectives.dpo:DirectPreference",
+        figures=("chosen", "rejected", "margins", "accuracies"),
+    ),
     "masked": ObjectiveTraits("encoder", hides=True),
     "contrastive": ObjectiveTraits("encoder", compares=True, loss="match"),
     "caption": ObjectiveTraits("encoder", writes=True, loss="caption"),
@@ -110,6 +119,10 @@ def check_parts(spec: "RunSpec") -> None:
     for name, part in spec.data.parts.items():
         if spec.model.vision is not None:
             continue
+        if part.objective == "dpo":
+            raise ValueError(
+                f"data.parts.{name}.objective dpo is for pairs, which make up all samples: remove data.parts"
+            )
         model = OBJECTIVES[part.objective].model if part.objective is not None else None
         if model == "vision":
             raise ValueError(f"data.parts.{name}.objective {part.objective} is for vision models: set model.vision")
@@ -119,6 +132,24 @@ def check_parts(spec: "RunSpec") -> None:
             raise ValueError(f"data.parts.{name}.weight is for models with an encoder, and would be ignored")
         if spec.model.encoder is not None and model == "decoder":
             raise ValueError(f"data.parts.{name}.objective is {part.objective}, but an encoder reads whole texts")
+
+
+def check_pairs(spec: "RunSpec") -> None:
+    """Check that a run on pairs of conversations has nothing else to learn, and has a model to be compared with."""
+    source, other_sources = spec.data.pair_sources[0], spec.data.sources.keys() - spec.data.pair_sources
+    if other_sources or spec.data.parts:
+        key = f"data.sources.{min(other_sources)}" if other_sources else "data.parts"
+        raise ValueError(f"data.sources.{source} has pairs, which must be the only samples: remove {key}")
+    if spec.start is None:
+        raise ValueError(
+            f"data.sources.{source} has pairs, on which a model is compared with the one that it starts from: set "
+            "start.from"
+        )
+    if spec.train.loss_chunk_rows is not None:
+        raise ValueError(
+            f"train.loss_chunk_rows adds up the losses of all tokens, but data.sources.{source} has pairs, whose "
+            "answers have losses of their own: remove it"
+        )
 
 
 def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:

@@ -12,10 +12,17 @@ from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec
 from mhmoe_ray.spec.moe import MoESpec
-from mhmoe_ray.spec.parts import MicroBatchPart, Objective, check_encoder_parts, check_parts, check_vision_parts
+from mhmoe_ray.spec.parts import (
+    MicroBatchPart,
+    Objective,
+    check_encoder_parts,
+    check_pairs,
+    check_parts,
+    check_vision_parts,
+)
 from mhmoe_ray.spec.serve import ServeSpec
 from mhmoe_ray.spec.start import StartSpec
-from mhmoe_ray.spec.train import MaskingSpec, TrackingSpec, TrainSpec
+from mhmoe_ray.spec.train import DpoSpec, MaskingSpec, TrackingSpec, TrainSpec
 from mhmoe_ray.storage import default_storage, location, resolve_path
 
 NON_TRAINING_KEYS: dict[str, Any] = {"cluster": True, "serve": True, "tracking": True, "train": {"profile"}}
@@ -92,6 +99,10 @@ class RunSpec(Section):
             raise ValueError("data.seq_len is missing: the number of tokens in a sequence")
         if self.data.chat_sources:
             self._check_chat(self.data.chat_sources[0])
+        if self.data.pair_sources:
+            check_pairs(self)
+        elif self.train.dpo != DpoSpec():
+            raise ValueError("train.dpo is for sources of format preferences, and would be ignored: remove it")
         longest_sequence = self.model.architecture.longest_sequence
         if longest_sequence is not None and self.data.seq_len > longest_sequence:
             raise ValueError(
@@ -277,7 +288,8 @@ class RunSpec(Section):
         """Parts of every micro-batch, those of a vision model in the order of its tasks; by default a nameless one."""
         if not self.data.parts:
             sources = tuple(self.data.sources)
-            return [MicroBatchPart("", sources, self.train.micro_batch_size, "next_token", ("text",), 1.0)]
+            objective = "dpo" if self.data.pair_sources else "next_token"
+            return [MicroBatchPart("", sources, self.train.micro_batch_size, objective, ("text",), 1.0)]
         default: Objective = "next_token" if self.model.encoder is None else "masked"
         tasks = self.model.vision.tasks if self.model.vision else {}
         return [
@@ -312,8 +324,8 @@ class RunSpec(Section):
 
     @property
     def loss_names(self) -> list[str]:
-        """Names of the losses of all parts, in order; none without parts."""
-        return [name for part in self.parts for name in part.losses] if self.data.parts else []
+        """Names of the losses of all parts, in order; without parts, those of the objective's figures."""
+        return [name for part in self.parts for name in (part.losses if self.data.parts else part.traits.figures)]
 
     @property
     def samples_per_step(self) -> int:

@@ -60,6 +60,19 @@ def hidden_count(count: int, share: float) -> int:
     return math.floor(share * count + 0.5)
 
 
+class DpoSpec(Section):
+    """Direct preference optimization on pairs (arXiv 2305.18290, eq. 7), for sources of format `preferences`.
+
+    The reward of an answer is beta times the logarithm of its probability over that of the model that the run starts
+    from. These reference log-probabilities are computed once, at the run's start.
+    """
+
+    beta: PositiveFloat = 0.1
+    """Weight of rewards: a larger one keeps the model nearer to the one that it starts from."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of pairs whose two answers are assumed to be swapped by mistake (conservative DPO)."""
+
+
 class SpikeSpec(Section):
     """Steps whose updates are skipped: the loss or the gradient norm lies far above those of the last updates."""
 
@@ -93,6 +106,8 @@ class TrainSpec(Section):
     """Adapter that is trained while the weights of `start.from` stay frozen; by default all weights are trained."""
     masking: MaskingSpec = MaskingSpec()
     """Shares of texts and images that are hidden from an encoder, which has to predict them."""
+    dpo: DpoSpec = DpoSpec()
+    """Direct preference optimization, for sources of format `preferences`."""
     precision: Annotated[Precision, unmeasured("fp8", "float8", "nvfp4")] = "float32"
     """Precision of training. bfloat16: autocast for matrix products; weights, router and loss stay float32. On CPUs it
     is faster with AMX or AMD's AVX512_BF16; on Intel's without AMX, products take twice as long as in float32."""

@@ -194,7 +194,7 @@ def _check(repetition: Repetition, folder: Location) -> ResumeCheck:
     require_data_manifest(spec.data.prepared)
     require_matching_data(manifest.data_sha256, spec.data.prepared, "which has to be complete")
     repeated_run = create_run(spec)
-    for file in (run.tokenizer_file, run.classes_file, run.chat_template_file, run.start_file):
+    for file in (run.tokenizer_file, run.classes_file, run.chat_template_file, run.start_file, run.reference_file):
         if file.exists():
             copy_file(file, repeated_run.path / file.name)
     if start and start_manifest:

@@ -24,7 +24,8 @@ from mhmoe_ray.model.trunk import Trunk, routing_loss
 from mhmoe_ray.planner.parts import CASTS, OTHER_WORK, REDUCTION, UPDATE
 from mhmoe_ray.planner.sizes import bytes_per_value
 from mhmoe_ray.spec import MoESpec, RunSpec
-from mhmoe_ray.train.objectives import Environment, LossSums, Objective
+from mhmoe_ray.train.objectives import Environment, LossSums
+from mhmoe_ray.train.objectives.base import objective_class
 from mhmoe_ray.train.spikes import spike_reason
 
 _register_hook: Callable[[Tensor, Callable[[Tensor], None]], Any] = Tensor.register_hook
@@ -40,7 +41,7 @@ class StepSums(NamedTuple):
     dropped: int  # routes dropped because the expert's capacity was used up, over all layers
     count_LE: Tensor  # kept routes to each expert of each layer, int64
     part_sums_P2: Tensor
-    """Sum of each of the P losses in `RunSpec.loss_names`, and its targets, float64; P is 0 without `data.parts`."""
+    """Sum of each of the P losses or figures in `RunSpec.loss_names`, and its targets or samples, float64."""
     sent_bytes: SentBytes = SentBytes()  # to other ranks, by expert-parallel dispatch
     least_bytes: int = 0
     """Fewest bytes that flat dispatch can send for these tokens; over all ranks, a lower bound of `sent_bytes.rows`."""
@@ -103,8 +104,7 @@ class Trainer:
         self.strategy = build_strategy(self.model, mesh, spec, self._initialize_weights)
         self._count_timer = WaitTimer()
         environment = Environment(spec, mesh, device, self.forward, lambda: self.on_progress(), self._count_timer)
-        objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
-        self.objective = objective(environment, self.model, objective_inputs)
+        self.objective = objective_class(spec)(environment, self.model, objective_inputs)
         self.step = 0
         self.tokens = 0  # targets that counted in the steps so far, over all ranks
         self.before_update: Callable[[], None] = lambda: None

@@ -37,7 +37,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.train.malloc import use_expandable_segments
 from mhmoe_ray.train.objectives import Objective
-from mhmoe_ray.train.objectives.base import DIGEST_BYTES
+from mhmoe_ray.train.objectives.base import DIGEST_BYTES, objective_class
 from mhmoe_ray.train.preemption import PreemptedError, preemption_notice
 from mhmoe_ray.train.profile import StepProfiler
 from mhmoe_ray.train.step import StepSums, Trainer, Update
@@ -108,13 +108,13 @@ class Worker:
         self._straggler_recorder = StragglerRecorder(run, worker_infos)
         mesh = build_mesh(spec.cluster, [p.node for p in worker_infos], device.type, _node_domains(spec, worker_infos))
         self.data = require_data_manifest(spec.data.prepared)
-        objective: type[Objective[Any, Any]] = spec.model.family.part("objective")
-        inputs = objective.load_inputs(run, spec, self.data)
+        inputs = objective_class(spec).load_inputs(run, spec, self.data)
         self.trainer = Trainer(spec, mesh, device, inputs, heartbeat.report_progress)
         self.rank = rank
         # When Ray creates the stream, it chooses the checkpoint to start from, so this comes before `_agree_on_start`.
         self.shard = shard.result()
         self.group, start_checkpoint = self._agree_on_start()
+        self._start_manifest = start_checkpoint[1] if start_checkpoint else None
         ends = self.trainer.objective.extra_ends(self.data)
         adds_start = True
         if start_checkpoint:
@@ -161,6 +161,7 @@ class Worker:
     def _train(self) -> None:
         """Train, validate, report and save step by step. A preempted node raises PreemptedError after a checkpoint."""
         spec, trainer = self.spec, self.trainer
+        trainer.objective.prepare(self.run, self.data, self._start_manifest, self._require_newest_attempt)
         held_out_samples = trainer.objective.load_validation(self.data)
         stream = self._stream()
         counts_LE = trainer.zero_counts()
@@ -218,7 +219,7 @@ class Worker:
         validation = self.trainer.objective.validate(held_out_samples)
         line: dict[str, Any] = {metrics.VAL_LOSS: validation.loss, metrics.VAL_TOKENS: validation.targets}
         if validation.part_losses:
-            line[metrics.VAL_PART_LOSS] = validation.part_losses
+            line[self.trainer.objective.val_part_metric] = validation.part_losses
         return line
 
     def _adapt(self, held_out_samples: Any) -> None:

@@ -25,6 +25,7 @@ from mhmoe_ray.errors import SpecError
 from mhmoe_ray.planner.presets import Tree
 from mhmoe_ray.planner.resolve import merge_trees, resolve_spec
 from mhmoe_ray.spec import MoESpec, RunSpec, StartSpec, validate_section
+from mhmoe_ray.spec.formats import CHAT_FORMATS
 from mhmoe_ray.storage import Location, default_storage, location
 
 TOKENIZER_KEYS = {"tokenizer", "tokenizer_pattern", "tokenizer_model", "tokenizer_train_mb"}
@@ -98,7 +99,7 @@ def _fill_from_start(tree: Tree, label: str, find_sibling: FindSibling | None, s
 def _has_conversations(own_data: Tree) -> bool:
     sources = own_data.get("sources")
     return isinstance(sources, dict) and any(
-        isinstance(source, dict) and source.get("format") == "chat" for source in sources.values()
+        isinstance(source, dict) and source.get("format") in CHAT_FORMATS for source in sources.values()
     )
 
 

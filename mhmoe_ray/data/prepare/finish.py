@@ -72,7 +72,7 @@ class FinishResult(NamedTuple):
 
     validation: ValidationSplit
     baselines: Baselines | None
-    """None if no source has texts."""
+    """None if no source has texts, or samples are pairs, whose loss has another unit."""
 
 
 def finish(
@@ -89,7 +89,7 @@ def finish(
     """
     write = write_validation_rows if data_of(spec.model).has_rows else write_validation_split
     split = write(settings, held_out, spec.data.validation_samples)
-    if not spec.data.has_texts:
+    if not spec.data.has_texts or spec.data.pair_sources:
         return FinishResult(split, None)
     if not split.target_count and data_of(spec.model).has_rows:
         return None

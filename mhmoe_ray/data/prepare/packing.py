@@ -1,7 +1,8 @@
 """Sequence packing: the plans of shards, each of which packs tokens into one shard.
 
 Documents of a domain fill samples of T + 1 tokens. There are two kinds of sequence packing: concatenation cuts the
-documents wherever a sample ends; best fit keeps every document whole that fits into a sample (arXiv 2404.10830).
+documents wherever a sample ends; best fit keeps every document whole that fits into a sample (arXiv 2404.10830). Each
+pair of conversations has a sample of its own.
 """
 
 from typing import NamedTuple
@@ -94,6 +95,27 @@ def pack_best_fit(tokens: Tokens, seq_len: int, start: int, padding: int) -> Pac
     )
 
 
+def pack_pairs(tokens: Tokens, seq_len: int, start: int, padding: int) -> PackedSamples:
+    """Pack each pair, a document of two conversations, into a padded sample of its own.
+
+    A pair of more than T tokens is cut: each conversation keeps at least its first T / 2 tokens, if it has as many.
+    """
+    start_N = np.flatnonzero(document_start_mask(tokens, start))
+    length_N = np.diff(start_N, append=len(tokens))
+    length_P2 = length_N.reshape(-1, 2)
+    chosen_P = np.minimum(length_P2[:, 0], np.maximum(seq_len // 2, seq_len - length_P2[:, 1]))
+    rejected_P = np.minimum(length_P2[:, 1], seq_len - chosen_P)
+    sample_N = np.arange(len(length_P2)).repeat(2)
+    offset_N = np.stack([np.zeros_like(chosen_P), chosen_P], axis=1).ravel()
+    size_N = np.stack([chosen_P, rejected_P], axis=1).ravel()
+    samples = np.full((len(length_P2), seq_len + 1), single_token(tokens.dtype, padding), tokens.dtype)
+    for sample, offset, token_index, size in zip(sample_N, offset_N, start_N, size_N, strict=True):
+        samples[sample, offset : offset + size] = tokens[token_index : token_index + size]
+    whole_pairs = int((length_P2.sum(1) <= seq_len).sum())
+    pieces = np.stack([sample_N, offset_N, sample_N], axis=1)
+    return PackedSamples(samples, len(samples) * seq_len - int(size_N.sum()), whole_pairs, pieces)
+
+
 class _Piece(NamedTuple):
     """Piece of a document with its place in a bin, which becomes a sample."""
 
@@ -171,6 +193,13 @@ class PackingSettings(NamedTuple):
     token_bytes: int
     start: int
     """Token that precedes each document; 0 for a vision model."""
+    has_pairs: bool = False
+    """Whether each document is a pair of conversations."""
+
+    def pack(self, tokens: Tokens) -> PackedSamples:
+        """Pack pairs, or other documents by best fit."""
+        pack = pack_pairs if self.has_pairs else pack_best_fit
+        return pack(tokens, self.seq_len, self.start, padding_token(self.token_bytes))
 
 
 class ShardPlan(NamedTuple):
@@ -188,7 +217,7 @@ class ShardPlan(NamedTuple):
         tokens = self.tokens.read()
         documents = ShardDocuments.of_slices(settings.parts, self.tokens.parts)
         if self.samples is None:
-            packed_samples = pack_best_fit(tokens, seq_len, settings.start, padding)
+            packed_samples = settings.pack(tokens)
             samples, padding_count, whole_documents, piece_columns = packed_samples
             pieces = documents.pieces(*piece_columns.T)
         else:

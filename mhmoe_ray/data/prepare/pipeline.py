@@ -190,7 +190,12 @@ class _Preparation:
         facts = self._family_data.check_parts(self._spec, self._staging.result_path, by_domain)
         self._log(f"packing {len(by_domain)} domains and languages")
         settings = PackingSettings(
-            self._staging.result_path, self._staging.parts_path, self._data_spec.seq_len, self._token_bytes, start
+            self._staging.result_path,
+            self._staging.parts_path,
+            self._data_spec.seq_len,
+            self._token_bytes,
+            start,
+            bool(self._data_spec.pair_sources),
         )
         shard_results = self._write_shards(settings, by_domain)
         self._report.enter_stage("finishing")
@@ -324,7 +329,7 @@ class _Preparation:
         return [part_slice for part_slice in slices if part_slice.length]
 
     def _stream(self, domain: str, parts: list[TokenisedPart], *, held_out: bool) -> TokenStream:
-        is_chat = self._data_spec.sources[source_of(domain)].format == "chat"
+        is_chat = source_of(domain) in self._data_spec.chat_sources
         dtype = conversation_dtype(self._token_bytes) if is_chat else token_dtype(self._token_bytes)
         return TokenStream(self._staging.parts_path, self._slices(parts, held_out=held_out), dtype)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from mhmoe_ray.data.chat.encoder import conversation_encoder
+from mhmoe_ray.data.chat.template import RenderedConversation
 from mhmoe_ray.data.prepare.chunks import DocumentChunk
 from mhmoe_ray.data.prepare.parts import (
     PartCounts,
@@ -153,11 +154,17 @@ def _part_name(
         digest.update(data)
     # The record of a part has these places. Lines count from the first document's, so a part is reused after a move.
     digest.update(repr([(d.line - documents[0].line, d.lines, d.name) for d in documents]).encode())
-    if conversations := [document.conversation for document in documents if document.conversation is not None]:
+    if conversations := [*_conversations(documents)]:
         digest.update(repr([(text, *spans) for text, spans in conversations]).encode())
     if row_tokens is not None:
         update_digest(digest, documents, row_tokens)
     return digest.hexdigest()[:40]
+
+
+def _conversations(documents: Sequence[Document]) -> Iterator[RenderedConversation]:
+    """Yield all conversations of the documents; the rejected one of a pair follows the chosen one."""
+    for document in documents:
+        yield from (c for c in (document.conversation, document.rejected) if c is not None)
 
 
 def _find_counts(part: Location, row_bytes: int) -> PartCounts | None:
@@ -175,10 +182,15 @@ def _find_counts(part: Location, row_bytes: int) -> PartCounts | None:
 
 def _encode_documents(documents: Sequence[Document], tokenizer: Location, token_bytes: int) -> Iterator[Tokens]:
     """Yield each document's tokens; those of a conversation have the fields of `conversation_dtype`."""
-    conversations = [document.conversation for document in documents if document.conversation is not None]
-    for batch in _batches(conversations, lambda conversation: len(conversation.text)):
-        for conversation in conversation_encoder(tokenizer).encode(batch):
-            yield conversation.rows(token_bytes)
+    conversations = [*_conversations(documents)]
+    rows = (
+        conversation.rows(token_bytes)
+        for batch in _batches(conversations, lambda conversation: len(conversation.text))
+        for conversation in conversation_encoder(tokenizer).encode(batch)
+    )
+    for document in documents:
+        if document.conversation is not None:
+            yield next(rows) if document.rejected is None else np.concatenate([next(rows), next(rows)])
     if not conversations:
         for ids in _encode_texts([document.text for document in documents], tokenizer):
             yield np.array(ids, token_dtype(token_bytes))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mhmoe_ray.data.domains import source_of
-from mhmoe_ray.data.prepare.packing import PackingSettings, pack_best_fit
+from mhmoe_ray.data.prepare.packing import PackingSettings
 from mhmoe_ray.data.prepare.parts import PartCounts, Tokens, TokenStream
 from mhmoe_ray.data.shards.columns import columns_of, padding_token, target_mask, token_dtype, with_all_columns
 from mhmoe_ray.data.shards.files import rows_per_shard, to_batch, write_shard
@@ -74,13 +74,11 @@ def write_validation_split(
     Padding may fill up a domain's last sample. Domains share shards, so all samples get the columns of conversations if
     any domain has some.
     """
-    folder, _, seq_len, token_bytes, start_token = settings
+    folder, _, seq_len, token_bytes, start_token, _ = settings
     padding = padding_token(token_bytes)
     # Conversations are packed whole, because the beginning of a sample would otherwise have answers without questions.
     packed_samples = {
-        name: pack_best_fit(stream.read(), seq_len, start_token, padding).samples
-        for name, stream in streams.items()
-        if stream.dtype.names is not None
+        name: settings.pack(stream.read()).samples for name, stream in streams.items() if stream.dtype.names is not None
     }
     # Padding may fill up the last sample of a domain, so the division rounds up.
     available = [

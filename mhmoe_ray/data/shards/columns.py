@@ -50,6 +50,8 @@ COLUMNS = {
 
 EXPERT = "expert"
 """Column of the training stream with a sample's expert for router `domain`."""
+SAMPLE = "sample"
+"""Column of the training stream with a sample's number among those of all domains, for pairs."""
 
 
 def token_dtype(token_bytes: int) -> np.dtype[np.unsignedinteger]:

@@ -161,7 +161,7 @@ class DataManifest(_KindAware):
     """Targets in `validation` that count in the loss; for an encoder, tokens of texts without start tokens; for a
     vision model, samples. The field of that name in `domains` counts all held-out tokens."""
     baselines: Baselines | None
-    """None if the folder has no texts."""
+    """None if the folder has no texts, or has pairs."""
     bad_lines: int
     """All items in the quarantine, with lost parts of files, which `Tally.bad_lines` leaves out."""
 

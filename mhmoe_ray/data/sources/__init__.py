@@ -9,9 +9,10 @@
 find.py lists the files of a source and detects their format; reading.py reads one file and yields the items that
 items.py defines. Bytes come through storage.py and compression.py, those of the Hugging Face hub through hub.py.
 records.py reads JSON lines and plain text, columns.py reads Parquet and Arrow streams, redpajama_v2.py reads documents
-and filters them by quality signals, and chat.py reads conversations. images.py reads folders of images, coco.py reads
-COCO's captions and objects, whose masks masks.py checks, and webdataset.py reads images in the tar files that tar.py
-parses. JSON, text and tar files may be compressed with zstd or gzip, which their first bytes show.
+and filters them by quality signals, chat.py reads conversations, and preferences.py reads pairs of them. images.py
+reads folders of images, coco.py reads COCO's captions and objects, whose masks masks.py checks, and webdataset.py reads
+images in the tar files that tar.py parses. JSON, text and tar files may be compressed with zstd or gzip, which their
+first bytes show.
 """
 
 from mhmoe_ray.data.sources.find import file_blocks, find_files, version_hash

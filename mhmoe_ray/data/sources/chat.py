@@ -5,7 +5,7 @@ one of the assistant. Other keys of a record are ignored, as in all formats. A m
 because the key may change what the conversation means.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,8 @@ from mhmoe_ray.data.sources.storage import Storage
 
 PAIR_KEYS = ("prompt", "completion")
 _COLUMN_SETS = (["messages"], list(PAIR_KEYS))
+ParseRecord = Callable[[int, Any, str, ChatTemplate], Document | BadLine]
+"""Function that returns the document in a record from its line, its JSON value, the path of its file and a template."""
 
 
 def read_chat(
@@ -34,31 +36,49 @@ def read_chat(
 
     A file whose name ends in .parquet is Parquet, any other JSON lines. Of the tally, only `bytes_read` is updated.
     """
+    return read_conversations(storage, file, limit, tally, template, conversation_of, _COLUMN_SETS)
+
+
+def read_conversations(
+    storage: Storage,
+    file: RawFile,
+    limit: int,
+    tally: Tally,
+    template: ChatTemplate,
+    parse: ParseRecord,
+    column_sets: Sequence[list[str]],
+) -> Iterator[Document | BadLine]:
+    """Yield what `parse` returns for each record; a Parquet file must have the columns of one of the sets."""
     if file.path.endswith(".parquet"):
-        yield from _read_parquet(storage, file, limit, tally, template)
+        yield from _read_parquet(storage, file, limit, tally, template, parse, column_sets)
         return
     for record in read_records(storage, file, limit, tally):
-        yield (
-            record if isinstance(record, BadLine) else conversation_of(record.line, record.fields, file.path, template)
-        )
+        yield record if isinstance(record, BadLine) else parse(record.line, record.fields, file.path, template)
 
 
 def _read_parquet(
-    storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
+    storage: Storage,
+    file: RawFile,
+    limit: int,
+    tally: Tally,
+    template: ChatTemplate,
+    parse: ParseRecord,
+    column_sets: Sequence[list[str]],
 ) -> Iterator[Document | BadLine]:
     def read_batch(batch: pa.RecordBatch, first_row: int) -> Iterator[Document | BadLine]:
         # Decoding damaged offsets has crashed pyarrow, so they are checked first.
         batch.validate(full=True)
         for number, fields in enumerate(batch.to_pylist(), start=first_row + 1):
-            document = conversation_of(number, fields, file.path, template)
+            document = parse(number, fields, file.path, template)
             is_too_long = isinstance(document, Document) and len(document.text.encode()) > limit
             yield BadLine(file.path, number, Reason.TOO_LONG) if is_too_long else document
 
     def open_reader(schema: pa.Schema) -> tuple[list[str], BatchReader]:
-        columns = next((names for names in _COLUMN_SETS if set(names) <= set(schema.names)), None)
+        columns = next((names for names in column_sets if set(names) <= set(schema.names)), None)
         if columns is None:
             found_keys = describe_keys(dict.fromkeys(schema.names))
-            raise ColumnError(f"it has no column 'messages', nor 'prompt' and 'completion', among {found_keys}")
+            needed_keys = ", nor ".join(" and ".join(map(repr, names)) for names in column_sets)
+            raise ColumnError(f"it has no column {needed_keys}, among {found_keys}")
         return columns, read_batch
 
     return read_row_groups(storage, file, tally, open_reader)
@@ -68,7 +88,7 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
     """Return the conversation in a record, which may be any JSON value, or a `BadLine` with the reason."""
     try:
         messages = parse_messages(fields)
-    except _MalformedRecordError as e:
+    except MalformedRecordError as e:
         return BadLine(path, line, Reason.NO_CONVERSATION, str(e))
     text = "\n".join(message["content"] for message in messages)
     if reason := text_problem(text):
@@ -85,46 +105,46 @@ def conversation_of(line: int, fields: Any, path: str, template: ChatTemplate) -
     return Document(text, line, named_language(fields), conversation)
 
 
-class _MalformedRecordError(Exception):
+class MalformedRecordError(Exception):
     """Error for a record that is not a conversation; its message is the reason."""
 
 
 def parse_messages(fields: Any) -> list[Message]:
     """Return the checked messages of a record, which may be any JSON value.
 
-    A record that is no conversation, or has no turn of the assistant, is a _MalformedRecordError.
+    A record that is no conversation, or has no turn of the assistant, is a MalformedRecordError.
     """
     if not isinstance(fields, dict):
-        raise _MalformedRecordError(f"it is {json_type(fields)}, not an object")
+        raise MalformedRecordError(f"it is {json_type(fields)}, not an object")
     # Records with `messages` often repeat the first message as `prompt`, so `messages` takes precedence.
     if "messages" in fields:
         entries = fields["messages"]
         if not isinstance(entries, list):
-            raise _MalformedRecordError(f"'messages' is {json_type(entries)}, not a list")
+            raise MalformedRecordError(f"'messages' is {json_type(entries)}, not a list")
     elif fields.keys() >= set(PAIR_KEYS):
         entries = [
             {"role": role, "content": fields[key]} for role, key in zip(("user", "assistant"), PAIR_KEYS, strict=True)
         ]
     else:
-        raise _MalformedRecordError(f"no 'messages', nor 'prompt' and 'completion', among {describe_keys(fields)}")
-    messages = [_parse_message(entry, number) for number, entry in enumerate(entries, start=1)]
+        raise MalformedRecordError(f"no 'messages', nor 'prompt' and 'completion', among {describe_keys(fields)}")
+    messages = [parse_message(entry, number) for number, entry in enumerate(entries, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
-        raise _MalformedRecordError("it has no message of the role assistant")
+        raise MalformedRecordError("it has no message of the role assistant")
     return messages
 
 
-def _parse_message(entry: Any, number: int) -> Message:
-    """Return message `number` (from 1) without null keys; an incomplete or unknown form is a _MalformedRecordError."""
+def parse_message(entry: Any, number: int) -> Message:
+    """Return message `number` (from 1) without null keys; an incomplete or unknown form is a MalformedRecordError."""
     if not isinstance(entry, dict):
-        raise _MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")
+        raise MalformedRecordError(f"message {number} is {json_type(entry)}, not an object")
     # In a Parquet file all messages have the same keys, and the value is null where a message lacks the key.
     message = {key: value for key, value in entry.items() if value is not None}
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             kind = json_type(entry[key]) if key in entry else "missing"
-            raise _MalformedRecordError(f"the {key} of message {number} is {kind}, not a string")
+            raise MalformedRecordError(f"the {key} of message {number} is {kind}, not a string")
     if unknown_keys := message.keys() - {"role", "content", "name"}:
-        raise _MalformedRecordError(f"message {number} has {describe_keys(dict.fromkeys(unknown_keys))}, not supported")
+        raise MalformedRecordError(f"message {number} has {describe_keys(dict.fromkeys(unknown_keys))}, not supported")
     if message["role"] == "assistant" and not message["content"].strip():
-        raise _MalformedRecordError(f"message {number}, of the assistant, is empty")
+        raise MalformedRecordError(f"message {number}, of the assistant, is empty")
     return message

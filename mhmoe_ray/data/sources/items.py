@@ -67,6 +67,8 @@ class Document(NamedTuple):
     """Number of lines that it takes from `line` on; more than 1 only in plain text."""
     name: str = ""
     """Name of its file in a folder of images, or of its sample in a tar file; else empty."""
+    rejected: RenderedConversation | None = None
+    """Conversation with the rejected answer, if the document is a pair; `conversation` then has the chosen one."""
 
     @property
     def model_text(self) -> str:
@@ -85,6 +87,7 @@ class Reason(StrEnum):
     SURROGATE = "its text holds half a character (a lone surrogate)"
     TOO_LONG = "it is longer than data.max_document_mb"
     NO_CONVERSATION = "it is not a conversation"
+    NO_PAIR = "it is not a pair of answers"
     NO_RENDERING = "the chat template does not render it"
     NO_IMAGE = "it has no image"
     NOT_IMAGE = "it is not an image"

@@ -8,6 +8,7 @@
 | parquet      | a row                                                        | columns.py      |
 | huggingface  | a row of a folder that `save_to_disk` wrote                  | columns.py      |
 | chat         | a conversation: a line of JSON or a row of Parquet           | chat.py         |
+| preferences  | a pair of conversations: a line of JSON or a row of Parquet  | preferences.py  |
 | webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
 | images       | an image file                                                | images.py       |
 | coco         | a caption and its image, or an image with its objects        | coco.py         |
@@ -20,7 +21,6 @@ from typing import Protocol
 from mhmoe_ray.data.chat.template import ChatTemplate, check_template
 from mhmoe_ray.data.domains import source_of
 from mhmoe_ray.data.images.annotations import require_image_packages
-from mhmoe_ray.data.sources.chat import read_chat
 from mhmoe_ray.data.sources.items import BadLine, Document, RawFile, ReadSettings, Tally
 from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import DataSpec, SourceSpec
@@ -46,6 +46,14 @@ class FormatReader(Protocol):
         """
 
 
+class ChatReader(Protocol):
+    """Like `FormatReader`, for a format with conversations of at most `limit` bytes, which `template` renders."""
+
+    def __call__(
+        self, storage: Storage, file: RawFile, limit: int, tally: Tally, template: ChatTemplate
+    ) -> Iterator[Document | BadLine]: ...
+
+
 class FileReader:
     """Iterable over the documents of a file and the items that could not be read, in their order in the file.
 
@@ -61,14 +69,14 @@ class FileReader:
         name = source_of(file.domain)
         source, settings = spec.sources[name], ReadSettings.from_spec(spec, name)
         storage = Storage(source.path)
-        if file.format == "chat":
+        traits = FORMATS[file.format]
+        if traits.is_chat:
+            read_conversations: ChatReader = resolve_name(traits.reader)
             template = template or check_template(spec)
-            self._items = read_chat(storage, file, settings.document_bytes, self.tally, template)
+            self._items = read_conversations(storage, file, settings.document_bytes, self.tally, template)
             return
         require_image_packages([source])
-        reader_name = FORMATS[file.format].reader
-        assert reader_name is not None, "format chat has been read above"
-        read: FormatReader = resolve_name(reader_name)
+        read: FormatReader = resolve_name(traits.reader)
         self._items = read(storage, file, source, settings, self.tally)
 
     def __iter__(self) -> Iterator[Document | BadLine]:

@@ -2,6 +2,7 @@
 
 base.py         the interface of an objective
 next_token.py   decoders: each token is predicted from those before it
+dpo.py          decoders: chosen answers become likelier than rejected ones
 """
 
 from mhmoe_ray.train.objectives.base import Environment, LossSums, ModelArguments, Objective, Validation

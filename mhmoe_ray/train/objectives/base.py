@@ -6,6 +6,7 @@ The trainer calls the model; an objective makes micro-batches and scores the mod
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -15,9 +16,11 @@ from torch import Tensor
 from mhmoe_ray.distributed.dispatch.exchange import WaitTimer
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.model.trunk import Trunk
+from mhmoe_ray.runs import metrics
 from mhmoe_ray.spec import RunSpec
 
 if TYPE_CHECKING:
+    from mhmoe_ray.checkpoint.manifest import CheckpointManifest
     from mhmoe_ray.data.shards.manifest import DataManifest
     from mhmoe_ray.runs.directory import RunDir
 
@@ -52,7 +55,7 @@ class Validation(NamedTuple):
     loss: float
     targets: int  # that count, in all held-out samples
     part_losses: dict[str, float]
-    """Mean of each loss in `RunSpec.loss_names` that has held-out samples; empty without `data.parts`."""
+    """Mean of each loss or figure in `RunSpec.loss_names` that has held-out samples."""
 
 
 class Environment(NamedTuple):
@@ -85,6 +88,7 @@ class Objective(ABC, Generic[Batch, Output]):
     The loss of a step is a weighted sum of terms. Each term is a mean over all its targets in the step, on all ranks.
     """
 
+    part_metric, val_part_metric = metrics.PART_LOSS, metrics.VAL_PART_LOSS  # of `RunSpec.loss_names`
     weights: tuple[float, ...]  # of each term in the loss of a step
     rows_per_micro_batch: int  # in the Ray Dataset of the training stream
 
@@ -97,6 +101,18 @@ class Objective(ABC, Generic[Batch, Output]):
     def load_inputs(run: "RunDir", spec: RunSpec, manifest: "DataManifest") -> Any:
         """Return what the objective needs from files of the run and of its prepared data."""
         return None
+
+    def prepare(
+        self, run: "RunDir", manifest: "DataManifest", start: "CheckpointManifest | None", fence: Callable[[], object]
+    ) -> None:
+        """Compute or read what the objective needs of the restored model, in a collective operation before validation.
+
+        Args:
+            run: directory of the run.
+            manifest: data manifest of the prepared data.
+            start: manifest of the restored checkpoint.
+            fence: raises an error if the run has a newer attempt, before a file is written.
+        """
 
     def extra_ends(self, manifest: "DataManifest") -> set[int]:
         """Return the tokens that end a text in addition to those of the tokenizer."""
@@ -159,3 +175,10 @@ class Objective(ABC, Generic[Batch, Output]):
     def validate(self, samples: Any) -> Validation:
         """Return the losses of held-out samples in a collective operation; samples and losses are the same on every
         rank."""
+
+
+def objective_class(spec: RunSpec) -> type[Objective[Any, Any]]:
+    """Return the class of a run's objective: that of its data, or else that of its model's family."""
+    names = [part.traits.implementation for part in spec.parts if part.traits.implementation]
+    objective: type[Objective[Any, Any]] = resolve_name(names[0]) if names else spec.model.family.part("objective")
+    return objective

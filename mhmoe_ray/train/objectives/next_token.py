@@ -49,6 +49,7 @@ class MicroBatch(NamedTuple):
     document_starts_BT: Tensor | None = None  # bool, (b, T); None if start tokens mark the first tokens of documents
     domain_B: Tensor | None = None  # int64, (b,): expert of each sample for router `domain`; None for other routers
     document_offset_N1: Tensor | None = None  # `document_offsets` of the input; None if attention reads a mask
+    reference_B2: Tensor | None = None  # reference log-probabilities of the answers of pairs, float64, (b, 2)
 
 
 def sample_digest(samples: Samples) -> int:
@@ -76,9 +77,9 @@ def micro_batch(samples: ModelSamples, device: torch.device, masked_start_token:
     )
 
 
-def _map_parts(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+def map_rows(batch: MicroBatch, function: Callable[[Tensor], Tensor]) -> MicroBatch:
     """Return a micro-batch with `function` applied to each of its tensors that has one row per sample."""
-    token_BT, counts_BT, document_starts_BT, domain_B, _ = batch
+    token_BT, counts_BT, document_starts_BT, domain_B = batch[:4]
     return MicroBatch(
         function(token_BT),
         function(counts_BT),
@@ -123,9 +124,12 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
 
     def receive(self, rows: Mapping[str, np.ndarray]) -> tuple[int, MicroBatch]:
         stored = join_columns(rows)
-        samples = to_model_samples(stored, self._token_bytes)._replace(experts=rows.get(EXPERT))
+        return sample_digest(stored), self._micro_batch(stored, rows.get(EXPERT))
+
+    def _micro_batch(self, stored: Samples, experts: np.ndarray | None) -> MicroBatch:
+        samples = to_model_samples(stored, self._token_bytes)._replace(experts=experts)
         masked_start_token = self._start_token if self.spec.model.document_masks else None
-        return sample_digest(stored), micro_batch(samples, self.device, masked_start_token)
+        return micro_batch(samples, self.device, masked_start_token)
 
     def count_targets(self, batches: Iterable[MicroBatch]) -> tuple[Iterable[MicroBatch], list[int], int]:
         # With packing "concat", samples have no padding, so the number of targets follows from the spec. The
@@ -163,7 +167,7 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         loss, loss_BT = output.loss
         part_sums_P2 = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
         if self._part_sizes:
-            values_2B = torch.stack([t.sum(1, dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
+            values_2B = torch.stack([t.sum(1, dtype=torch.float64) for t in (loss_BT.detach(), batch.counts_BT)])
             part_sums_P2 = torch.stack([part.sum(1) for part in torch.split(values_2B, self._part_sizes, 1)])
         return LossSums([loss], part_sums_P2)
 
@@ -210,12 +214,12 @@ class NextToken(Objective[MicroBatch, DecoderLoss]):
         padding_rows = batch_count * b * world - sample_count
         # Copies of the first sample, which do not count in the mean, fill the last round, so that every rank takes part
         # in every all-to-all.
-        padded = _map_parts(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
+        padded = map_rows(samples, lambda part: torch.cat([part, part[:1].expand(padding_rows, *part.shape[1:])]))
         padded.counts_BT[sample_count:] = False
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i in range(batch_count):
             start = (i * world + self.mesh.rank) * b
-            batch = _map_parts(padded, partial(self._take_rows, start=start, count=b))
+            batch = map_rows(padded, partial(self._take_rows, start=start, count=b))
             loss_BT = self.environment.run_model(batch).loss.token_BT
             total += torch.stack([t.sum(dtype=torch.float64) for t in (loss_BT, batch.counts_BT)])
             self.environment.on_progress()

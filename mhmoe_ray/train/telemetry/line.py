@@ -42,9 +42,9 @@ def step_line(
         metrics.DATA_WAIT: rank_times.data,
         metrics.STREAM: digest,
     }
-    if spec.data.parts:
-        part_losses = (loss / max(1, targets) for loss, targets in totals.part_sums_P2.tolist())
-        line[metrics.PART_LOSS] = dict(zip(spec.loss_names, part_losses, strict=True))
+    if spec.loss_names:
+        means = (total / max(1, count) for total, count in totals.part_sums_P2.tolist())
+        line[trainer.objective.part_metric] = dict(zip(spec.loss_names, means, strict=True))
     if moe:
         count_LE = totals.count_LE
         line[metrics.DROPPED] = totals.dropped / (totals.dropped + float(count_LE.sum()))
