@@ -60,32 +60,32 @@ def _fact_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _quality_rows(run_state: dict[str, Any]) -> dict[str, str | None]:
-    from mhmoe_ray.families import MODEL_FAMILIES
     from mhmoe_ray.runs.metrics import METRICS
 
     last_metrics, validation, baselines = run_state["last"], run_state["validation"], run_state["baselines"]
     # The loss of an encoder or a vision model is a sum over parts whose objectives have different units.
-    is_summed = not MODEL_FAMILIES[run_state["model_kind"] or "decoder"].predicts_next_token
+    unit = run_state["loss_unit"] or "nats per token"
+    has_perplexity = unit == "nats per token"
     rows: dict[str, str | None] = {}
     if last_metrics:
         curve = sparkline([line["loss"] for line in run_state["curve"]])
-        unit = "of all parts" if is_summed else "nats per token"
         rows["loss"] = f"{format_nats(last_metrics['loss'])} {unit}  {curve}".rstrip()
     if validation:
         perplexity = validation["val_perplexity"]
-        perplexity_text = "" if is_summed else f", perplexity {f'{perplexity:,.2f}' if perplexity else 'not finite'}"
+        perplexity_text = f", perplexity {f'{perplexity:,.2f}' if perplexity else 'not finite'}" * has_perplexity
         rows["validation"] = (
             f"loss {format_nats(validation['val_loss'])}{perplexity_text}, at step {validation['step']:,}"
         )
-    if last_metrics and (part_losses := last_metrics.get("part_loss")):
-        validation_losses = (validation or {}).get("val_part_loss", {})
-        rows["  of parts"] = ", ".join(
-            f"{name} {format_nats(loss)}"
-            + (f" (validation {format_nats(validation_losses[name])})" if name in validation_losses else "")
-            for name, loss in part_losses.items()
-        )
+    for row, key in (("  of parts", "part_loss"), ("rewards", "rewards")):
+        if last_metrics and (figures := last_metrics.get(key)):
+            held_out_figures = (validation or {}).get(f"val_{key}", {})
+            rows[row] = ", ".join(
+                f"{name} {format_nats(value)}"
+                + (f" (validation {format_nats(held_out_figures[name])})" if name in held_out_figures else "")
+                for name, value in figures.items()
+            )
     # A loss above these values shows that the model has not learned more than frequencies of tokens and of pairs.
-    if baselines and "unigram_entropy" in baselines and is_summed:
+    if baselines and "unigram_entropy" in baselines and not has_perplexity:
         rows["  to beat"] = f"{baselines['unigram_entropy']:.4f} unigram entropy of held-out texts"
     elif baselines and baselines.keys() >= {"unigram_entropy", "bigram", "bigram_tokens"}:
         rows["  to beat"] = (

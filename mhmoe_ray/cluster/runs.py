@@ -200,7 +200,7 @@ def run_status(run: RunDir) -> dict[str, Any]:
         "worker_starts": sum(e["event"] == "started" for e in run_events),
         "steps": spec.train.steps if spec else None,
         "last": last_line,
-        "model_kind": spec.model.kind if spec is not None else None,
+        "loss_unit": spec.loss_unit if spec is not None else None,
         "validation": _with_perplexity(run_course.validation_line, spec),
         "missing": waiting_event.get("missing") if waiting_event else None,
         "baselines": events.newest_event(run_events, "prepared"),
@@ -260,11 +260,11 @@ def state_of(
 
 
 def _with_perplexity(line: dict[str, Any] | None, spec: RunSpec | None) -> dict[str, Any] | None:
-    """Add the perplexity to a line of metrics; it is None if the loss is a sum of terms with different units."""
+    """Add the perplexity to a line of metrics; it is None if the loss is not in nats per token."""
     if line is None:
         return None
-    is_summed = spec is not None and not spec.model.family.predicts_next_token
-    return {**line, "val_perplexity": None if is_summed else metrics.perplexity(line[metrics.VAL_LOSS])}
+    has_perplexity = spec is None or spec.loss_unit == "nats per token"
+    return {**line, "val_perplexity": metrics.perplexity(line[metrics.VAL_LOSS]) if has_perplexity else None}
 
 
 def serving_applications(run: RunDir, run_events: RunEvents) -> list[dict[str, Any]]:

@@ -51,8 +51,8 @@ class Variant:
 
     @property
     def has_summed_loss(self) -> bool:
-        """True for encoders and vision models, whose loss is a sum over objectives with different units."""
-        return not all(run.spec.model.family.predicts_next_token for run in self.runs)
+        """True for encoders and vision models, whose loss is a sum over objectives with different units, and pairs."""
+        return any(run.spec.loss_unit != "nats per token" for run in self.runs)
 
     def part_losses(self, step: int) -> dict[str, float]:
         """Return each objective's mean validation loss at a step, over the runs that have its part of micro-batches."""
@@ -88,7 +88,7 @@ class Variant:
 
 def loss_unit(variants: Iterable[Variant]) -> str:
     """Return the unit of the variants' losses, for axes and tables."""
-    return "sum over all parts" if any(variant.has_summed_loss for variant in variants) else "nats per token"
+    return ", ".join(dict.fromkeys(run.spec.loss_unit for variant in variants for run in variant.runs))
 
 
 def variant_row(variant: Variant, variant_sizes: Sizes, baseline_sizes: Sizes, step: int | None) -> dict[str, Any]:

@@ -323,6 +323,13 @@ class RunSpec(Section):
         return self.model.encoder.image_size if self.model.encoder else 0
 
     @property
+    def loss_unit(self) -> str:
+        """Unit of the loss for people; a loss in nats per token has a perplexity."""
+        if self.data.pair_sources:
+            return "nats per pair"
+        return "nats per token" if self.model.family.predicts_next_token else "sum over all parts"
+
+    @property
     def loss_names(self) -> list[str]:
         """Names of the losses of all parts, in order; without parts, those of the objective's figures."""
         return [name for part in self.parts for name in (part.losses if self.data.parts else part.traits.figures)]

@@ -17,7 +17,7 @@ from mhmoe_ray.report.plots import draw_differences, draw_validation
 from mhmoe_ray.report.variants import Variant, compare_variants, losses_at, matched_step
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir, mark_imported
-from mhmoe_ray.spec import DataSpec, StartSpec
+from mhmoe_ray.spec import DataSpec, RunSpec, StartSpec
 from tests.report.runs import MOE, make_run, read_variants, six_runs
 
 pytestmark = pytest.mark.long
@@ -440,15 +440,15 @@ def test_a_single_validation_has_no_loss_curve(tmp_path):
     assert "20.09" in (tmp_path / "report" / "report.html").read_text()
 
 
-def test_summed_losses_have_no_perplexity_and_no_unit(tmp_path):
+def test_only_losses_of_tokens_have_a_perplexity(tmp_path):
     """The loss of an encoder or a vision model is a sum over objectives with different units."""
     variants = read_variants(six_runs(tmp_path))
-    for has_summed_loss, unit in ((False, "nats per token"), (True, "sum over all parts")):
+    for unit in ("nats per token", "nats per pair", "sum over all parts"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Variant, "has_summed_loss", has_summed_loss)
+            patch.setattr(RunSpec, "loss_unit", unit)
             figure = draw_validation(variants, "steps")
             [axis] = figure.axes
             assert axis.get_ylabel() == unit
-            assert len(axis.child_axes) == (0 if has_summed_loss else 1)
+            assert len(axis.child_axes) == (unit == "nats per token")
             assert draw_differences(variants, variants[0]).axes[0].get_ylabel() == unit
             assert f"held-out samples: {unit}." in page_text([run.run for v in variants for run in v.runs])

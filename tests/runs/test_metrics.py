@@ -38,7 +38,7 @@ def test_registered_metric_gets_tag_panel_and_status_row(monkeypatch):
     assert (panel.title, panel.unit, panel.help) == ("Toys", "bytes", "Bytes of toys.")
     assert json.dumps(monitoring.dashboard_json(monitoring.ROUTING._replace(panels=[panel])))
     run_state = {"last": {"loss": 1.0, "toy": 5000, "step": 1}, "validation": None, "baselines": None, "curve": []}
-    run_state["model_kind"] = "decoder"
+    run_state["loss_unit"] = "nats per token"
     assert status._quality_rows(run_state)["toy"] == "5,000 B"
 
 

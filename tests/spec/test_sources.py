@@ -85,12 +85,38 @@ MASKS = {"document_masks": True}
             {},
             "model.document_masks is false, but data.sources.talk has conversations.*: set it to true",
         ),
-        ({"chat_template": "a.jinja"}, MASKS, "chat_template is for sources of format chat, and there is none: remove"),
+        ({"chat_template": "a.jinja"}, MASKS, "chat_template is for sources of format chat or preferences.*remove"),
     ],
 )
 def test_conversations_are_trained_whole_and_apart(data, model, message):
     with pytest.raises(ValidationError, match=message):
         tiny_spec(model=model, data=data)
+
+
+PAIRS = {"sources": {"pairs": {"path": "x", "format": "preferences"}}, "packing": "best_fit"}
+START = {"from": "base"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": None}, "has pairs, on which a model is compared with the one that it starts from: set start.from"),
+        ({"data": {**PAIRS, "sources": {**PAIRS["sources"], "web": {"path": "y"}}}}, "remove data.sources.web"),
+        ({"data": {**PAIRS, "parts": {"a": {"sources": ["pairs"], "micro_batch_size": 2}}}}, "remove data.parts"),
+        ({"data": {**PAIRS, "packing": "concat"}}, "cuts the conversations of data.sources.pairs"),
+        ({"train": {"loss_chunk_rows": 8}}, "train.loss_chunk_rows adds up the losses of all tokens.*: remove it"),
+        ({"train": {"dpo": {"beta": 0}}}, "dpo.beta"),
+        ({"data": {}, "train": {"dpo": {"beta": 1}}}, "train.dpo is for sources of format preferences"),
+        (
+            {"data": {"parts": {"a": {"sources": ["web"], "micro_batch_size": 2, "objective": "dpo"}}}},
+            "objective dpo is for pairs",
+        ),
+    ],
+)
+def test_pairs_are_the_only_samples_of_a_run_that_starts_from_a_model(changes, message):
+    assert tiny_spec(model=MASKS, data=PAIRS, start=START).loss_unit == "nats per pair"
+    with pytest.raises(ValidationError, match=message):
+        tiny_spec(**{"model": MASKS, "data": PAIRS, "start": START, **changes})
 
 
 def test_chat_template_is_a_path_like_others(tmp_path):

@@ -17,6 +17,7 @@ from mhmoe_ray.data.sources.preferences import pair_of
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.data.tokenizer.train import train_bpe
 from mhmoe_ray.runs.directory import Attempt, add_attempt, create_run
+from tests.support.ranks import run_ranks
 from tests.support.saved import commit_checkpoint, save_tensors
 from tests.support.specs import tiny_spec
 from tests.train import jobs
@@ -73,6 +74,13 @@ def export_weights(trainer, tokenizer, folder):
     return folder / "exported"
 
 
+def compute_references(trainer, samples):
+    objective = trainer.objective
+    objective.references = objective._log_probabilities(
+        len(samples), lambda numbers: objective._micro_batch(samples[numbers], None)
+    )
+
+
 def our_batches(trainer, samples):
     size = trainer.spec.train.micro_batch_size
     rows = {**columns_of(samples), SAMPLE: np.arange(len(samples))}
@@ -94,8 +102,7 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, tokenizer, monkeypatch):
     samples = make_samples(tokenizer, records)
     trainer = jobs.build_trainer(dpo_spec(tmp_path, 10))
     reference_folder = export_weights(trainer, tokenizer, tmp_path / "reference")
-    objective = trainer.objective
-    objective.references = objective._log_probabilities(50, lambda i: objective._micro_batch(samples[i], None))
+    compute_references(trainer, samples)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -134,3 +141,36 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, tokenizer, monkeypatch):
         load(gradient_folder).named_parameters(), peer.model.parameters(), strict=True
     ):
         assert (parameter.grad - gradient).norm() <= 1e-5 * parameter.grad.norm(), name
+
+
+def train_pairs(spec, samples):
+    """Train on all samples in each step; return the references, the first gradients, and the losses of all steps."""
+    trainer, losses, gradients = jobs.build_trainer(spec), [], {}
+    compute_references(trainer, samples)
+    batches = our_batches(trainer, samples)[trainer.mesh.rank :: trainer.mesh.world_size]
+    for step in range(spec.train.steps):
+        sums = trainer.accumulate(batches)
+        if step == 0:
+            gradients = jobs.full_gradients(trainer)
+        losses.append(trainer._step_loss(sums))
+        trainer.update(sums)
+    return trainer.objective.references, gradients, losses
+
+
+@pytest.mark.parametrize(
+    ("ep", "strategy"),
+    [(2, "ddp"), (1, "fsdp"), *(pytest.param(1, name, marks=pytest.mark.slow) for name in ("zero1", "zero2", "zero3"))],
+)
+def test_two_ranks_train_like_one_process(tmp_path, tokenizer, ep, strategy):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    samples = make_samples(tokenizer, random_records(20))
+    [(references, gradients, losses)] = run_ranks(1, train_pairs, dpo_spec(tmp_path, 4), samples)
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert losses[-1] < 0.6
+    spec = dpo_spec(tmp_path, 4, cluster={"workers": 2, "ep": ep, "strategy": strategy})
+    for rank_references, rank_gradients, rank_losses in run_ranks(2, train_pairs, spec, samples):
+        np.testing.assert_allclose(rank_references, references, rtol=1e-5)
+        assert rank_losses == pytest.approx(losses, rel=1e-4)
+        for name, gradient in gradients.items():
+            assert (rank_gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, name
