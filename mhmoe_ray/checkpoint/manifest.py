@@ -79,7 +79,8 @@ class CheckpointManifest(BaseModel):
     recent_updates: list[list[float]] = []
     """Loss and gradient norm of the last updates, with which spikes are compared; only with `train.spikes`."""
     objective: dict[str, Any] | None = None
-    """State of the training objective; only vision models with an adaptive number of experts have one."""
+    """State of the training objective: the hash of the reference log-probabilities of pairs, or the numbers of experts
+    of an adaptive vision model."""
     updates_before: int = 0
     """Number of optimizer updates of the earlier runs whose moments this run copied at its start."""
     tokens: int

@@ -129,6 +129,7 @@ def test_loss_and_gradients_are_those_of_trl(tmp_path, tokenizer, monkeypatch):
         train_dataset=datasets.Dataset.from_list(records),
         processing_class=peer_tokenizer,
     )
+    assert peer.model.config.model_type == "mixtral"
     [inputs] = peer.get_train_dataloader()
     loss = peer.compute_loss(peer.model.train(), inputs)
     loss.backward()

@@ -70,7 +70,7 @@ def run(project, base) -> RunDir:
 
 
 def test_a_run_on_pairs_prefers_the_chosen_answers(project, run):
-    """At the first step the model is the reference, so its loss is log 2; a wrong order of the reference would show."""
+    """Check that the first loss is log 2, because the model is its reference then, if this is in the right order."""
     first_line, *_, last_line = history.read(run)
     assert first_line[metrics.LOSS] == pytest.approx(math.log(2), abs=1e-6)
     assert all(abs(value) < 1e-6 for value in first_line[metrics.REWARDS].values())

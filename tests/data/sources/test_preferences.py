@@ -15,10 +15,10 @@ from mhmoe_ray.data.sources import Reason
 from tests.data.sources.read import bad_lines, read_source
 from tests.data.texts import write_lines
 
-PROMPT = [{"role": "user", "content": "hi"}]
-CHOSEN, REJECTED = ([{"role": "assistant", "content": text}] for text in ("hello", "go away"))
+PROMPT_MESSAGES = [{"role": "user", "content": "hi"}]
+CHOSEN_ANSWER, REJECTED_ANSWER = ([{"role": "assistant", "content": text}] for text in ("hello", "go away"))
 PAIR = {"prompt": "hi", "chosen": "hello", "rejected": "go away"}
-LONG = [*PROMPT, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "bye"}]
+LONG = [*PROMPT_MESSAGES, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "bye"}]
 
 
 def read_records(folder, records):
@@ -34,12 +34,17 @@ def answers(item):
 def test_all_shapes_of_trl_are_pairs(tmp_path):
     records = [
         PAIR,
-        {"prompt": PROMPT, "chosen": CHOSEN, "rejected": REJECTED},
-        {"chosen": PROMPT + CHOSEN, "rejected": PROMPT + REJECTED},
+        {"prompt": PROMPT_MESSAGES, "chosen": CHOSEN_ANSWER, "rejected": REJECTED_ANSWER},
+        {"chosen": PROMPT_MESSAGES + CHOSEN_ANSWER, "rejected": PROMPT_MESSAGES + REJECTED_ANSWER},
         # UltraFeedback has the prompt once more as a text.
-        {"prompt": "hi", "chosen": PROMPT + CHOSEN, "rejected": PROMPT + REJECTED, "score_chosen": 8.0},
-        {"prompt": LONG, "chosen": CHOSEN, "rejected": REJECTED},
-        {"chosen": LONG + CHOSEN, "rejected": LONG + REJECTED},
+        {
+            "prompt": "hi",
+            "chosen": PROMPT_MESSAGES + CHOSEN_ANSWER,
+            "rejected": PROMPT_MESSAGES + REJECTED_ANSWER,
+            "score_chosen": 8.0,
+        },
+        {"prompt": LONG, "chosen": CHOSEN_ANSWER, "rejected": REJECTED_ANSWER},
+        {"chosen": LONG + CHOSEN_ANSWER, "rejected": LONG + REJECTED_ANSWER},
     ]
     items = read_records(tmp_path, records)
     assert [answers(item) for item in items] == [["hello", "go away"]] * len(records)
@@ -61,8 +66,11 @@ def test_all_shapes_of_trl_are_pairs(tmp_path):
         ({**PAIR, "rejected": []}, "'rejected' is empty"),
         ({**PAIR, "rejected": "hello"}, "'chosen' and 'rejected' are equal"),
         ({**PAIR, "rejected": " "}, "'rejected': message 1, of the assistant, is empty"),
-        ({"chosen": PROMPT + CHOSEN, "rejected": PROMPT}, "'rejected' has no message of the role assistant after"),
-        ({"chosen": PROMPT + CHOSEN, "rejected": LONG[2:] + REJECTED}, "share no first message"),
+        (
+            {"chosen": PROMPT_MESSAGES + CHOSEN_ANSWER, "rejected": PROMPT_MESSAGES},
+            "'rejected' has no message of the role assistant after",
+        ),
+        ({"chosen": PROMPT_MESSAGES + CHOSEN_ANSWER, "rejected": LONG[2:] + REJECTED_ANSWER}, "share no first message"),
         ({**PAIR, "prompt": [{"role": "user"}]}, "'prompt': the content of message 1 is missing, not a string"),
     ],
 )
