@@ -52,6 +52,7 @@ _FOREIGN_NAMES: dict[str, str] = {
     "data.chat_template": "chat_template_jinja chat_template_path chat_template_file",
     "data.validation_fraction": "val_set_size eval_fraction test_size val_fraction val_split validation_split",
     # Names that other tools use for the keys of the section `train`.
+    "train.dpo.beta": "beta dpo_beta rl_beta",
     "train.steps": "max_steps num_steps train_steps training_steps total_steps max_iters iterations n_steps",
     "train.lr": "learning_rate max_lr peak_lr base_lr",
     "train.min_lr": "min_learning_rate final_lr lr_min",
