@@ -7,6 +7,7 @@ from mhmoe_ray.planner.family import (
     ATTENTION,
     EXPERTS,
     FEED_FORWARD,
+    INT32,
     INT64,
     PROJECTIONS,
     ROUTER,
@@ -45,11 +46,21 @@ def activation_bytes_per_token(spec: RunSpec, size: int) -> int:
         layers = model.layers * block_input + model.moe_layers * (mixture - attention_part) + max(dense, attention_part)
     # Each block keeps its input. The one block that is being recomputed keeps everything.
     elif spec.train.recompute in ("exchange", "block"):
-        layers = model.layers * block_input + max(dense, mixture)
+        layers = model.layers * block_input + model.moe_layers * _kept_routing_bytes(spec, model) + max(dense, mixture)
     else:
         layers = (model.layers - model.moe_layers) * dense + model.moe_layers * mixture
     layers += mask  # the mask of dropout after the embedding
     return layers + norm
+
+
+def _kept_routing_bytes(spec: RunSpec, model: ModelSpec) -> int:
+    """Return the bytes per token of what a recomputed layer keeps of its routing: each route's expert and gate and,
+    with distributed experts, its places before and after the sort, which are not computed again."""
+    moe = model.moe
+    if moe is None or moe.router == "smear":
+        return 0
+    index_size = INT32 if moe.kernel in TRITON_KERNELS else INT64
+    return moe.heads * moe.top_k * (INT64 + FLOAT32 + 2 * index_size * (spec.cluster.ep > 1))
 
 
 def _expert_dropout_bytes(model: ModelSpec, moe: MoESpec, size: int) -> int:

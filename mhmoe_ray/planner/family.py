@@ -119,10 +119,10 @@ class DecoderPlan(FamilyPlan):
         """Return the bytes that the loss needs temporarily.
 
         If all logits exist at once, these are the float32 gradients of log-probabilities and logits. A chunked loss
-        holds, in float32, the logits and log-probabilities of a chunk, the log-probabilities of the chunk before it,
-        and the gradient of the output layer. In the precision of matrix products, it holds the gradients of the logits
-        of one product, which covers several chunks in bfloat16, and a copy of the output layer unless ranks gather it
-        in this precision.
+        holds, in float32, its input, the logits and log-probabilities of a chunk, the log-probabilities of the chunk
+        before it, and the gradient of the output layer. In the precision of matrix products, it holds the gradients of
+        the logits of one product, which covers several chunks in bfloat16, and a copy of the output layer unless ranks
+        gather it in this precision.
         """
         tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
         if spec.train.loss_chunk_rows is None:
@@ -130,8 +130,10 @@ class DecoderPlan(FamilyPlan):
         rows, size = spec.train.loss_chunk_rows, bytes_of(spec.train.precision)
         product_rows = rows if size == FLOAT32 else LOSS_CHUNKS_PER_PRODUCT * rows
         copy_size = size if size < FLOAT32 and not spec.cluster.gathers_in_bfloat16 else 0
-        chunks = min(rows, tokens) * 3 * FLOAT32 + min(product_rows, tokens) * size
-        return vocab_size * (chunks + spec.model.d_model * (FLOAT32 + copy_size))
+        first_rows, second_rows = min(rows, tokens), min(rows, max(0, tokens - rows))
+        chunks = max(2 * first_rows, first_rows + 2 * second_rows) * FLOAT32 + min(product_rows, tokens) * size
+        d_model = spec.model.d_model
+        return tokens * d_model * FLOAT32 + vocab_size * (chunks + d_model * (FLOAT32 + copy_size))
 
     def launches(self, spec: RunSpec) -> int:
         return launches_per_micro_batch(spec)

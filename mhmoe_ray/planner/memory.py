@@ -9,9 +9,18 @@ from typing import NamedTuple
 
 from mhmoe_ray.architectures import FLOAT32
 from mhmoe_ray.planner.activations import activation_bytes_per_token, merged_expert_bytes, static_layout_bytes
-from mhmoe_ray.planner.family import EMBEDDING, NORMS, OUTPUT, ROUTER, bytes_of, plan_of
+from mhmoe_ray.planner.family import (
+    EMBEDDING,
+    EXPERTS,
+    FEED_FORWARD,
+    NORMS,
+    OUTPUT,
+    ROUTER,
+    SHARED,
+    bytes_of,
+    plan_of,
+)
 from mhmoe_ray.planner.sizes import (
-    Sizes,
     adapter_sizes,
     block_sizes,
     bytes_per_value,
@@ -58,7 +67,7 @@ class Memory(NamedTuple):
 def compute_memory(spec: RunSpec) -> Memory:
     """Return the bytes that one rank needs for training under uniform routing, with the largest top-k of all tasks."""
     spec = spec.model_copy(update={"model": spec.model.at_largest_top_k()})
-    counts, plan = compute_sizes(spec.model), plan_of(spec.model)
+    plan = plan_of(spec.model)
     weights, gradients, moments = _state_bytes(spec)
     tokens = spec.tokens_per_micro_batch
     size = bytes_per_value(spec)
@@ -66,7 +75,7 @@ def compute_memory(spec: RunSpec) -> Memory:
         weights=weights,
         gradients=gradients,
         moments=moments,
-        copies=_copy_bytes(spec, counts) if size < FLOAT32 else 0,
+        copies=weight_copy_bytes(spec),
         activations=tokens * activation_bytes_per_token(spec, size)
         + plan.output_bytes(spec, size)
         + plan.shared_attention_bytes(spec, size)
@@ -166,25 +175,39 @@ def _held_bytes(cluster: ClusterSpec, parameters: int, expert_parameters: int) -
     return shared + experts, shared / cluster.shard_ranks + expert_shards
 
 
-def _copy_bytes(spec: RunSpec, counts: Sizes) -> int:
+def weight_copy_bytes(spec: RunSpec) -> int:
+    """Return the bytes of copies of weights for matrix products in another precision than float32."""
+    if bytes_per_value(spec) == FLOAT32:
+        return 0
     adapter = adapter_sizes(spec)
     adapter_copies = adapter.parameters - adapter.expert_parameters + adapter.expert_parameters // spec.cluster.ep
     if spec.train.adapter and spec.train.adapter.base_precision == "bfloat16":
         # A tied embedding stays float32 and is an operand of the output's product.
         tied = spec.model.vocab_size * spec.model.d_model if spec.model.tied_embeddings else 0
         return bytes_per_value(spec) * (adapter_copies + tied)
-    experts = counts.expert_parameters // spec.cluster.ep
-    if spec.cluster.gathers_in_bfloat16:
-        # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some.
-        is_sharded = spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1
-        return 0 if is_sharded else bytes_per_value(spec) * experts
-    # The router and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a
-    # copy only if it is tied, because it is then an operand of the output's product. A chunked loss keeps no copy.
+    shards_experts = spec.cluster.shards_experts and spec.cluster.expert_shard_ranks > 1
+    # Weights that are gathered in bfloat16 need no copies, so only experts that are not sharded have some. The router
+    # and the norms over whole tokens compute in float32, so their weights have no copies. An embedding has a copy only
+    # if it is tied, because it is then an operand of the output's product. A chunked loss keeps no copy.
     excluded_parts = {ROUTER, NORMS}
     if spec.train.loss_chunk_rows is not None:
         excluded_parts |= {EMBEDDING, OUTPUT}
     elif not spec.model.tied_embeddings:
         excluded_parts.add(EMBEDDING)
-    total = sum(part.layers * part.parameters for part in model_parts(spec.model) if part.name not in excluded_parts)
-    total += adapter_copies
-    return bytes_per_value(spec) * (total - counts.expert_parameters + experts)
+    parts = [part for part in model_parts(spec.model) if part.name not in excluded_parts]
+    if spec.cluster.gathers_in_bfloat16:
+        parts, adapter_copies = [part for part in parts if part.name == EXPERTS and not shards_experts], 0
+    # A recomputed block frees the copies of gathered weights of feed-forward layers and experts, so they exist for one
+    # block at a time. Autocast itself copies all other weights, and keeps the copies until the forward ends.
+    freed_parts: set[str] = set()
+    is_gathered = spec.cluster.strategy == "fsdp" and spec.cluster.max_world_size > 1
+    if is_gathered and spec.train.recompute in ("exchange", "block"):
+        freed_parts.add(FEED_FORWARD)
+        if spec.train.recompute == "block" or spec.cluster.ep == 1:
+            freed_parts |= {SHARED, *([EXPERTS] if shards_experts else [])}
+    copied = sum(
+        (1 if part.name in freed_parts else part.layers)
+        * (part.parameters // spec.cluster.ep if part.name == EXPERTS else part.parameters)
+        for part in parts
+    )
+    return bytes_per_value(spec) * (adapter_copies + copied)

@@ -24,7 +24,7 @@ from mhmoe_ray.planner.adapt import (
     value_of,
 )
 from mhmoe_ray.planner.estimate import UPDATE, Estimate, compute_times, estimate_step_time, exchange_time
-from mhmoe_ray.planner.memory import compute_memory
+from mhmoe_ray.planner.memory import compute_memory, weight_copy_bytes
 from mhmoe_ray.planner.placement import Layout, Node, build_layout, nodes_on_paper, place_workers
 from mhmoe_ray.planner.traffic import dispatch_exchanges, reduction_exchanges
 from mhmoe_ray.spec import RunSpec
@@ -177,9 +177,13 @@ def candidate_settings(
         return update_keys(base, {key: value for part in parts for key, value in part})
 
     @cache
-    def state_bytes(cluster: Pairs, moment: Pairs, chunk: Pairs, split: Pairs) -> int:
-        memory = compute_memory(variant(cluster, moment, chunk, split))
-        return memory.weights + memory.gradients + memory.moments + memory.gathered + memory.copies
+    def state_bytes(cluster: Pairs, moment: Pairs, split: Pairs) -> int:
+        memory = compute_memory(variant(cluster, moment, split))
+        return memory.weights + memory.gradients + memory.moments + memory.gathered
+
+    @cache
+    def copy_bytes(cluster: Pairs, recomputed: Pairs, chunk: Pairs) -> int:
+        return weight_copy_bytes(variant(cluster, recomputed, chunk))
 
     @cache
     def activation_bytes(ep: Pairs, split: Pairs, recomputed: Pairs, residual: Pairs) -> int:
@@ -218,12 +222,13 @@ def candidate_settings(
             continue
         # Of the divisions, the state depends only on whether a rank has a single micro-batch.
         state_split = split if split[0][1] == workers else splits[-1]
-        for moment, (chunk_index, chunk) in product(moments, enumerate(chunks)):
-            state = state_bytes(cluster, moment, chunk, state_split)
+        for moment in moments:
+            state = state_bytes(cluster, moment, state_split)
             if state > limit:
                 continue
-            for recomputed, residual in product(recompute, residuals):
-                memory = state + activation_bytes(ep, split, recomputed, residual) + loss_bytes(gather, split, chunk)
+            for (chunk_index, chunk), recomputed, residual in product(enumerate(chunks), recompute, residuals):
+                memory = state + copy_bytes(cluster, recomputed, chunk)
+                memory += activation_bytes(ep, split, recomputed, residual) + loss_bytes(gather, split, chunk)
                 if memory > limit:
                     continue
                 computing = compute_seconds(ep, split, recomputed, chunk) + update_seconds(cluster, moment)

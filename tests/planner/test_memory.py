@@ -7,9 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
-from torch.distributed.tensor import DTensor
 
 from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import ARCHITECTURES
@@ -35,6 +32,7 @@ from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
+from tests.planner.rank_memory import state_bytes_of_rank, unsharded_bytes_of_rank
 from tests.support.cpp_kernel import MUST_COMPILE
 from tests.support.encoders import SMEAR, encoder_batch, encoder_spec
 from tests.support.ranks import run_ranks
@@ -372,24 +370,6 @@ def test_expert_parallelism_distributes_experts_only():
     assert rank_of_group.logits == single_rank.logits
 
 
-def state_bytes_of_rank(spec):
-    """Return the bytes of a rank's weights, of its gradients after a step's last backward, and of its moments."""
-    trainer = build_trainer(spec)
-    sums = trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size])
-    parameters = list(trainer.model.parameters())
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    weights = sum(local(p).nbytes for p in parameters)
-    gradient_bytes = sum(g.nbytes for g in gradients)
-    trainer.update(sums)
-    states = trainer.strategy.optimizer.state.values()
-    return weights, gradient_bytes, sum(local(s[key]).nbytes for s in states for key in ("exp_avg", "exp_avg_sq"))
-
-
-def local(tensor):
-    """Return this rank's part of a tensor that may be distributed."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @pytest.mark.parametrize(
     ("workers", "ep", "strategy", "shard_experts"),
     [(2, 2, "fsdp", False), (2, 1, "fsdp", True), (2, 2, "zero2", False)],
@@ -527,38 +507,6 @@ def test_a_residual_stream_in_bfloat16_halves_what_recomputed_blocks_keep():
     narrow_activations, narrow_peak = activations_and_peak("bfloat16")
     assert activations - narrow_activations == 8 * 4 * 256 * 96 * 2
     assert peak - narrow_peak == pytest.approx(activations - narrow_activations, rel=0.2)
-
-
-def unsharded_bytes_of_rank(spec):
-    """Return the bytes of FSDP's unsharded weights while the last layer's experts compute, and of its unsharded
-    gradients after each micro-batch."""
-    trainer = build_trainer(spec)
-
-    def fsdp_parameters():
-        # Several modules may share a group.
-        modules = [m for m in trainer.model.modules() if isinstance(m, FSDPModule)]
-        groups = {id(group): group for m in modules if (group := m._get_fsdp_state()._fsdp_param_group)}
-        return [p for group in groups.values() for p in group.fsdp_params]
-
-    weights, gradients = [], []
-
-    def record_weights(*_):
-        weights.append(
-            sum(p._unsharded_param.nbytes for p in fsdp_parameters() if p.sharded_state == ShardedState.UNSHARDED)
-        )
-
-    trainer.model.moe_layers()[-1].experts.register_forward_pre_hook(record_weights)
-    backward = trainer.strategy.backward
-
-    def backward_and_record(objective):
-        backward(objective)
-        gradient_tensors = [p.unsharded_accumulated_grad for p in fsdp_parameters()]
-        gradient_tensors += [p._unsharded_param.grad for p in fsdp_parameters() if hasattr(p, "_unsharded_param")]
-        gradients.append(sum(g.nbytes for g in gradient_tensors if g is not None))
-
-    trainer.strategy.backward = backward_and_record
-    trainer.accumulate(micro_batches(spec, 0)[trainer.mesh.rank :: trainer.mesh.world_size])
-    return weights[0], gradients
 
 
 @pytest.mark.parametrize(("shard_experts", "precision"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
