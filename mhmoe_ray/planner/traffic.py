@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mhmoe_kernels.choice import TRITON_KERNELS
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import INT32, INT64, bytes_of
+from mhmoe_ray.planner.family import EXPERTS, INT32, INT64, bytes_of
 from mhmoe_ray.planner.kernels import assumed_kernel
 from mhmoe_ray.planner.placement import Layout, NodeKind, Spread, sharding_groups, single_node_layout
 from mhmoe_ray.planner.sizes import (
@@ -22,6 +22,9 @@ from mhmoe_ray.planner.sizes import (
     trained_sizes,
 )
 from mhmoe_ray.spec import RunSpec
+
+DDP_BUCKET_BYTES = 25 << 20
+"""Bytes of gradients that torch's DDP reduces at a time; its first bucket is smaller."""
 
 
 class LinkLoad(NamedTuple):
@@ -296,7 +299,7 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
         result += _collective_exchanges(
             spec,
             cluster.strategy if is_sharded else "ddp",
-            "experts",
+            EXPERTS,
             (counts.expert_parameters + adapter.expert_parameters) // cluster.ep,
             trained.expert_parameters // cluster.ep,
             0,
@@ -304,6 +307,18 @@ def reduction_exchanges(spec: RunSpec, layout: Layout | None = None) -> list[Exc
             groups if is_sharded else layout.data_parallel_groups,
         )
     return [exchange for exchange in result if exchange.ranks > 1]
+
+
+def _message_count(spec: RunSpec, strategy: str, label: str, trained_bytes: int) -> int:
+    """Return the number of collective operations into which a strategy divides an exchange of all blocks."""
+    model = spec.model
+    if label == EXPERTS:
+        tensors = sum(".experts." in name for name, _ in model.architecture.tensor_names)
+        if spec.train.adapter:
+            tensors = 2 * model.architecture.expert_matrices
+        # Gradients of experts that are not sharded are reduced tensor by tensor.
+        return model.moe_layers * (tensors if strategy == "ddp" else 1)
+    return {"ddp": 1 + trained_bytes // DDP_BUCKET_BYTES, "fsdp": model.layers}.get(strategy, 1)
 
 
 def _collective_exchanges(
@@ -321,16 +336,17 @@ def _collective_exchanges(
 
     `outside` are the bytes of gathered weights outside blocks, which fsdp keeps from a forward to its backward.
 
-    The count assumes one call for all weights or gradients of a pass, although strategies exchange them by block or
-    bucket. It does not subtract the up to two gathered blocks that ZeRO 3 may still have when the backward begins.
+    An exchange is all weights or gradients of a pass, although strategies send them by block or bucket, which counts in
+    the messages. The up to two gathered blocks that ZeRO 3 may still have when the backward begins are not subtracted.
     """
     ranks, micro_batches = len(groups[0]), _micro_batches(spec)
     gradients, weights = f"gradients of {label}", f"weights of {label}"
     links = group_loads(map(layout.spread, groups), ring_pattern)
     size = FLOAT32 * trained_parameters
+    messages = _message_count(spec, strategy, label, size)
     if strategy == "ddp":
         sent_bytes = 2 * size * (ranks - 1) // ranks
-        return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, rounds=2))]
+        return [Exchange(gradients, ranks, size, sent_bytes, 1, links.scaled(sent_bytes, 2 * messages))]
     # fsdp and zero3 gather weights for each forward and each backward. zero1 and zero2 gather them only once, after the
     # update.
     gathers = 2 * micro_batches if strategy in ("fsdp", "zero3") else 1
@@ -343,14 +359,17 @@ def _collective_exchanges(
     remote_bytes = size * (ranks - 1) // ranks
     kept_size = outside if strategy == "fsdp" else 0
 
-    def gather(name: str, total: int, times: int) -> Exchange:
+    def gather(name: str, total: int, times: int, messages: int = 1) -> Exchange:
         sent_bytes = total * (ranks - 1) // ranks
-        return Exchange(name, ranks, total // ranks, sent_bytes, times, links.scaled(sent_bytes))
+        return Exchange(name, ranks, total // ranks, sent_bytes, times, links.scaled(sent_bytes, messages))
 
     return [
-        gather(weights, gathered_size - kept_size, gathers),
+        gather(weights, gathered_size - kept_size, gathers, messages),
         *([gather("weights of embedding and output", kept_size, micro_batches)] if kept_size else []),
-        Exchange(gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes)),
+        # Gradients outside blocks are one more message.
+        Exchange(
+            gradients, ranks, size, remote_bytes, reductions, links.scaled(remote_bytes, messages + bool(kept_size))
+        ),
         *_exchanges_between_groups(spec, gradients, size // ranks, layout, groups, reductions),
     ]
 

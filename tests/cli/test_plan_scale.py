@@ -109,9 +109,10 @@ def test_dispatches_are_equal_if_groups_fit_on_a_node(clusterless_project):
     dispatches = plan["estimate"]["dispatches"]
     assert dispatches["flat"] == dispatches["hierarchical"]
     assert dispatches["flat"]["sent"]["domain"] == dispatches["flat"]["sent"]["between"] == 0
-    assert not plan["estimate"]["memory"]["fits"]  # a rank has 128 experts of each layer, too many for its memory
+    # A rank gathers 128 experts of a layer at a time, and holds a small part of them.
+    assert plan["estimate"]["memory"]["fits"]
     text = plan_output(clusterless_project, "cluster.ep=8")
-    for words in ("memory: does not fit", "every group lies on one node", "and 121 more"):
+    for words in ("every group lies on one node", "and 121 more"):
         assert words in text
 
 
