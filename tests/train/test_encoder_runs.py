@@ -181,5 +181,5 @@ def test_plan_and_status_describe_an_encoder(project, run):
     plan = mhmoe(project, "plan", "spec.yaml").out
     assert "3 texts (masked), 2 images (masked), 4 pairs (masked), 3 match (contrastive)" in " ".join(plan.split())
     status = mhmoe(project, "status", run.id).out
-    assert "of all parts" in status
+    assert "sum over all parts" in status
     assert "perplexity" not in status
