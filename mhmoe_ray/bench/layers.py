@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mhmoe_kernels import BACKENDS, unavailable_reason
+from mhmoe_kernels import unavailable_reason
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.autocast import DTYPES
@@ -136,7 +136,7 @@ def _split_kernels(
     kernels: Sequence[str], device: torch.device, dtype: Precision
 ) -> tuple[list[str], list[SkippedCase]]:
     runnable_kernels, skipped = [], []
-    trainable_kernels = [name for name, backend in BACKENDS.items() if backend.has_backward]
+    trainable_kernels = [name for name in KERNELS if name != "auto"]
     for kernel in kernels:
         if kernel not in ("auto", *trainable_kernels):
             raise SpecError(

@@ -17,7 +17,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from mhmoe_kernels import BACKENDS, unavailable_reason
+from mhmoe_kernels import unavailable_reason
+from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.cpu import LEVEL_TITLES, LEVEL_VARIABLE, cpu_level, is_x86
 from mhmoe_ray.cluster import dashboard
 from mhmoe_ray.cluster.connect import Connection, check_ray_release, connect_if_running
@@ -135,7 +136,7 @@ def _accelerators() -> Iterator[CheckResult]:
 def _kernels() -> Iterator[CheckResult]:
     """Yield a finding for each kernel that can train: whether it works on the GPU or, without one, on the CPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in (name for name, backend in BACKENDS.items() if backend.has_backward):
+    for name in (name for name in KERNELS if name != "auto"):
         if reason := unavailable_reason(name, device):
             yield CheckResult(
                 "note", f"kernel {name}", reason, "leave model.moe.kernel at auto, which chooses among the others"
