@@ -37,8 +37,6 @@ class Backend(NamedTuple):
     """Reason why the backend cannot run on a device of this machine, in one line; None if it can."""
     run_sorted: RunSorted | None = None
     """(x_RD, count_E, weights) -> y_RD for rows that are sorted by expert."""
-    has_backward: bool = True
-    """False for inference only."""
     refusal: Callable[[torch.device, ExpertSizes], str | None] = _never_refused
     """Reason why the backend cannot compute experts of these sizes on a device that it and its limits allow, in one
     line."""
@@ -49,7 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "grouped": Backend(run_grouped, run_sorted=run_sorted),
     "adapted": Backend(adapted.run_adapted, run_sorted=adapted.run_sorted),
     "cpp": Backend(cpp.run, cpp.unavailable_reason, cpp.run_sorted),
-    "padded": Backend(run_padded, has_backward=False),
+    "padded": Backend(run_padded),
     "capacity": Backend(run_capacity),
     "triton": Backend(triton.run_fused, triton.unavailable_reason, refusal=triton.fused_refusal),
     "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason),
@@ -143,7 +141,7 @@ def run_experts(
 
     Returns:
         y_ND in the dtype of x. All backends but `capacity` compute every route, even dropped ones. N may be 0, and
-            experts may get no rows; gradients then still exist, as expert parallelism needs, if `Backend.has_backward`.
+            experts may get no rows; gradients then still exist, as expert parallelism needs. `padded` has none.
     """
     extra_arguments = {"expert_capacity": expert_capacity} if backend in STATIC_BACKENDS else {}
     with _without_autocast(x_ND):
