@@ -119,7 +119,7 @@ def test_hierarchical_dispatch_trains_like_one_process(request, ep, nodes, strat
     [
         (2, 2.0, (1, "ddp", "none")),
         (2, 1.0, (1, "fsdp", "experts")),
-        (4, 0.8, (2, "fsdp", "block")),
+        (4, 0.8, (4, "fsdp", "exchange")),
     ],
 )
 def test_settings_chosen_for_a_cluster_train_like_one_process(reference, workers, memory_share, choice):
