@@ -11,7 +11,6 @@ from mhmoe_kernels import adapted, cpp, megablocks, triton
 from mhmoe_kernels.abilities import KERNELS
 from mhmoe_kernels.choice import TRITON_KERNELS, ExpertSizes, Purpose, gpu_kernels, limit_reason
 from mhmoe_kernels.grouped import RunSorted, run_grouped, run_sorted
-from mhmoe_kernels.packed import run_padded
 from mhmoe_kernels.permutation import Plan, copy_to_device, plan_routes
 from mhmoe_kernels.reference import run_capacity, run_reference
 from mhmoe_kernels.weights import Adapted, ExpertWeights
@@ -47,7 +46,6 @@ BACKENDS: dict[str, Backend] = {
     "grouped": Backend(run_grouped, run_sorted=run_sorted),
     "adapted": Backend(adapted.run_adapted, run_sorted=adapted.run_sorted),
     "cpp": Backend(cpp.run, cpp.unavailable_reason, cpp.run_sorted),
-    "padded": Backend(run_padded),
     "capacity": Backend(run_capacity),
     "triton": Backend(triton.run_fused, triton.unavailable_reason, refusal=triton.fused_refusal),
     "grouped_gemm": Backend(triton.run_grouped, triton.unavailable_reason),
@@ -71,7 +69,7 @@ def unavailable_reason(name: str, device: torch.device, sizes: ExpertSizes | Non
     reason = BACKENDS[name].unavailable_reason(device)
     if reason or sizes is None:
         return reason
-    # `padded` and `adapted` are no kernels that a spec can name, so the table of limits (`KERNELS`) lacks them.
+    # `adapted` is no kernel that a spec can name, so the table of limits (`KERNELS`) lacks it.
     limits_reason = next((limit_reason(kernel, sizes) for kernel in KERNELS if kernel == name), None)
     return limits_reason or BACKENDS[name].refusal(device, sizes)
 
@@ -141,7 +139,7 @@ def run_experts(
 
     Returns:
         y_ND in the dtype of x. All backends but `capacity` compute every route, even dropped ones. N may be 0, and
-            experts may get no rows; gradients then still exist, as expert parallelism needs. `padded` has none.
+            experts may get no rows; gradients then still exist, as expert parallelism needs.
     """
     extra_arguments = {"expert_capacity": expert_capacity} if backend in STATIC_BACKENDS else {}
     with _without_autocast(x_ND):

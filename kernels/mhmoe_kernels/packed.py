@@ -1,15 +1,15 @@
-"""Experts for inference on CPUs, in which the result for a row does not depend on other rows, to the last bit.
+"""Matrices and experts for inference on CPUs, in which the result for a row depends on no other row, to the last bit.
 
-`pack_layer` stores matrices once in the layout that oneDNN multiplies fastest. For CPUs on which oneDNN cannot do this,
-`run_padded` rounds up the number of rows of each expert.
+`PackedMatrix` stores a matrix once in the layout that oneDNN multiplies fastest. For CPUs on which oneDNN cannot do
+this, `PaddedMatrix` rounds up the number of rows.
 
-Padded experts. BLAS adds the terms of a product of few rows in another order than those of more rows, and gives each
+Padded rows. BLAS adds the terms of a product of few rows in another order than those of more rows, and gives each
 thread a part of the rows. Few means fewer than four for OpenBLAS and for MKL on AMD's CPUs, and fewer than sixteen for
 MKL on Intel's. The last bits of a row would depend on other rows, so two almost equal logits could change places.
 Products of a multiple of sixteen rows do not have this problem, except in MKL with sums over a thousand or more values
 and few outputs, which it splits among threads; but a torch with MKL also has oneDNN, so matrices are packed there.
 
-Packed experts. oneDNN reads a matrix in the layout in which it is stored, so a float32 product of few rows takes a
+Packed matrices. oneDNN reads a matrix in the layout in which it is stored, so a float32 product of few rows takes a
 third of the time, and a row's result is always the same (tests/kernels/test_packed.py). torch has these operators for
 its compiler, which packs the weights of frozen models.
 
@@ -18,7 +18,9 @@ levels oneDNN sums a single row in another order, as seen with SSE4.1 in float32
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,33 +28,11 @@ from torch import Tensor
 
 from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.permutation import combine, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, Function, GeluSubln, Swiglu
+from mhmoe_kernels.weights import Function, GeluSubln, Swiglu
 
 # If the number of rows of a product is a multiple of this number, BLAS adds the terms of all rows in the same order
 # (see the docstring of this module).
 ROW_MULTIPLE = 16
-
-
-def run_padded(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, weights: ExpertWeights) -> Tensor:
-    """Run `mhmoe_kernels.run_experts` with each expert's rows padded to a multiple of `ROW_MULTIPLE`.
-
-    There is no backward, and the weights of experts without rows are not read.
-    """
-    assert not (torch.is_grad_enabled() and any(w.requires_grad for w in weights.stacked))
-    plan = plan_routes(expert_NK, len(weights.stacked[0]))
-    padded_count_E = (plan.count_E + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
-    # A route's slot is the position of its row in the order sorted by expert. It moves up by the padding of all experts
-    # before the route's own expert.
-    shift_E = (padded_count_E - plan.count_E).cumsum(0) - (padded_count_E - plan.count_E)
-    plan = plan._replace(slot_NK=plan.slot_NK + shift_E[expert_NK])
-    padded_counts = padded_count_E.tolist()
-    # Row 0 fills the padding. Any row would do, because the outputs of the padding are not read.
-    row_P = torch.zeros(sum(padded_counts), dtype=torch.long, device=x_ND.device)
-    row_P[plan.slot_NK] = torch.arange(len(x_ND), device=x_ND.device)[:, None]
-    experts = zip(*(w.unbind(0) for w in weights.stacked), strict=True)
-    parts = zip(torch.split(x_ND.index_select(0, row_P), padded_counts), experts, padded_counts, strict=True)
-    outputs = [weights.function(x, *expert) for x, expert, count in parts if count]
-    return combine(torch.cat(outputs) if outputs else x_ND.new_empty(0, x_ND.shape[1]), gate_NK, plan)
 
 
 LAYOUT_ROWS = 16
@@ -89,35 +69,83 @@ class PackedMatrix:
         return y_NO
 
 
-RowFunction = Callable[[Tensor], Tensor]
-"""Function x_ND -> y_ND of one feed-forward layer or expert."""
+class PaddedMatrix:
+    """Matrix for F.linear on any device, with an optional bias; rows are padded to a multiple of `ROW_MULTIPLE`."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        self.dtype = weight_OI.dtype
+        self._weight_OI, self._bias_O = weight_OI, None if bias_O is None else bias_O.to(self.dtype)
+
+    def __call__(self, x_NI: Tensor) -> Tensor:
+        """Cast rows to the matrix's dtype and multiply them."""
+        x_PI = F.pad(x_NI.to(self.dtype), (0, 0, 0, -len(x_NI) % ROW_MULTIPLE))
+        return F.linear(x_PI, self._weight_OI, self._bias_O)[: len(x_NI)]
 
 
-def pack_layer(function: Function, weights: Sequence[Tensor]) -> RowFunction:
-    """Pack the matrices of a layer or an expert into a function of rows without backward."""
+RowFunction = Callable[..., Tensor]
+"""Function x_ND -> y_ND of one matrix, feed-forward layer or expert. It may also take the `RowGroups` of its rows."""
+RowGroups = Sequence[tuple[Any, int]]
+"""Consecutive rows that share something, such as an adapter: for each group, what its rows share, and their number."""
+MakeMatrix = Callable[[tuple[int, ...], Tensor, Tensor | None], RowFunction]
+"""Function (positions, matrix, bias) that packs the matrices at these positions among a layer's weights as one."""
+
+
+@dataclass(frozen=True)
+class RowLayer:
+    """Feed-forward layer or expert with two matrices and an activation between them."""
+
+    first_matrix: RowFunction
+    activation: RowFunction
+    second_matrix: RowFunction
+
+    def __call__(self, x_ND: Tensor, *groups: RowGroups) -> Tensor:
+        return self.second_matrix(self.activation(self.first_matrix(x_ND, *groups)), *groups)
+
+
+def pack_layer(
+    function: Function,
+    weights: Sequence[Tensor],
+    make_matrix: MakeMatrix = lambda positions, weight_OI, bias_O: PackedMatrix(weight_OI, bias_O),
+) -> RowLayer:
+    """Turn a layer or an expert into a function of rows without backward."""
     if isinstance(function, Swiglu):
         gate_FD, up_FD, down_DF = weights
-        return partial(_swiglu, PackedMatrix(torch.cat([gate_FD, up_FD])), PackedMatrix(down_DF))
+        return RowLayer(
+            make_matrix((0, 1), torch.cat([gate_FD, up_FD]), None), _swiglu, make_matrix((2,), down_DF, None)
+        )
     fc1_FD, fc1_bias_F, norm_weight_F, norm_bias_F, fc2_DF, fc2_bias_D = weights
     assert isinstance(function, GeluSubln)
-    shape, eps = norm_weight_F.shape, function.eps
-    norm = partial(F.layer_norm, normalized_shape=shape, weight=norm_weight_F, bias=norm_bias_F, eps=eps)
-    return partial(_gelu_subln, PackedMatrix(fc1_FD, fc1_bias_F), norm, PackedMatrix(fc2_DF, fc2_bias_D))
+    activation = partial(_gelu_norm, norm_weight_F, norm_bias_F, function.eps)
+    return RowLayer(make_matrix((0,), fc1_FD, fc1_bias_F), activation, make_matrix((4,), fc2_DF, fc2_bias_D))
 
 
-def _swiglu(gate_up_matrix: PackedMatrix, down_matrix: PackedMatrix, x_ND: Tensor) -> Tensor:
-    gate_NF, up_NF = gate_up_matrix(x_ND).chunk(2, dim=-1)
-    return down_matrix(F.silu(gate_NF).mul_(up_NF))
+def _swiglu(gate_up_NF: Tensor) -> Tensor:
+    gate_NF, up_NF = gate_up_NF.chunk(2, dim=-1)
+    return F.silu(gate_NF).mul_(up_NF)
 
 
-def _gelu_subln(fc1_matrix: PackedMatrix, norm: RowFunction, fc2_matrix: PackedMatrix, x_ND: Tensor) -> Tensor:
-    # GELU and the norm are computed in float32; the matrix of fc2 rounds their result to its dtype.
-    return fc2_matrix(norm(F.gelu(fc1_matrix(x_ND).float())))
+def _gelu_norm(weight_F: Tensor, bias_F: Tensor, eps: float, x_NF: Tensor) -> Tensor:
+    # GELU and the norm are computed in float32; the next matrix rounds their result to its dtype.
+    return F.layer_norm(F.gelu(x_NF.float()), weight_F.shape, weight_F, bias_F, eps)
 
 
-def run_packed(x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[RowFunction]) -> Tensor:
-    """Run `mhmoe_kernels.run_experts` with experts from `pack_layer`, like `run_padded`."""
-    plan = plan_routes(expert_NK, len(experts))
-    parts = torch.split(x_ND.index_select(0, plan.row_R), plan.count_E.tolist())
-    outputs = [expert(x) for expert, x in zip(experts, parts, strict=True) if len(x)]
+def run_packed(
+    x_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Sequence[RowFunction], groups: RowGroups = ()
+) -> Tensor:
+    """Run `mhmoe_kernels.run_experts` with experts from `pack_layer`; each gets the groups of its rows, if any."""
+    # The routes of an expert are sorted by group, so that an expert reads its matrices once for all groups.
+    count = max(1, len(groups))
+    if groups:
+        lengths = torch.tensor([length for _, length in groups], device=x_ND.device)
+        expert_NK = expert_NK * count + torch.arange(count, device=x_ND.device).repeat_interleave(lengths)[:, None]
+    plan = plan_routes(expert_NK, len(experts) * count)
+    counts = plan.count_E.view(-1, count).tolist()
+    parts = torch.split(x_ND.index_select(0, plan.row_R), [sum(lengths) for lengths in counts])
+    outputs = [
+        expert(x, [(shared, length) for (shared, _), length in zip(groups, lengths, strict=True)])
+        if groups
+        else expert(x)
+        for expert, x, lengths in zip(experts, parts, counts, strict=True)
+        if len(x)
+    ]
     return combine(torch.cat(outputs) if outputs else x_ND.new_empty(0, x_ND.shape[1]), gate_NK, plan)

@@ -1,12 +1,14 @@
 """A model that a cluster serves over OpenAI's API: deploy a checkpoint, replace it by another, and stop serving."""
 
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from os import PathLike
 from secrets import token_hex
 from typing import Any, NamedTuple
 
+from mhmoe_ray.api.adapters import find_adapters
 from mhmoe_ray.api.checkpoints import Checkpoint, CheckpointName, path_text, pick_checkpoint
 from mhmoe_ray.api.connection import connect_to_cluster
 from mhmoe_ray.api.defaults import APPLICATION, OnNote, ignore_note
@@ -20,7 +22,7 @@ from mhmoe_ray.cluster.serving import Application
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
-from mhmoe_ray.serving.config import application_config
+from mhmoe_ray.serving.config import adapter_paths, application_config, set_adapters
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.terminal import Activity
@@ -86,10 +88,11 @@ def serve(
         )
     # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
     cpus = settings.replicas.max * settings.cpus_per_replica + SERVE_CPUS
+    adapters = find_adapters(settings.adapters, path, run)
     connection = connect_to_cluster(spec.cluster, [run.path], cpus, address, on_note)
     route_prefix = "/" if name == APPLICATION else f"/{name}"
-    config = application_config(name, path, settings, run.id, route_prefix, spec.cluster.runtime_env)
-    _deploy(run, connection, config, settings.host, settings.port, f"of {run.id}", on_note)
+    config = application_config(name, path, settings, run.id, route_prefix, spec.cluster.runtime_env, adapters)
+    _deploy(connection, config, settings.host, settings.port, f"of {run.id}", on_note)
     service = Service(name, connection)
     if wait:
         service.wait(on_note=on_note)
@@ -213,6 +216,9 @@ class Service:
         config, host, port = serving.deployed_config(self.connection, self.name)
         previous_path = location(config["args"]["checkpoint"])
         run = RunDir.of_checkpoint(previous_path)
+        if adapters := adapter_paths(config):
+            reason = f"its adapters ({', '.join(adapters)}) were trained on {previous_path.name}"
+            raise ServeError(f"application {self.name}", reason, "remove these adapters first, or deploy it again")
         path, _ = pick_checkpoint(run, checkpoint, verify_hashes=False, on_note=on_note)
         is_deployed, remark = True, f"in place of {previous_path.name}"
         if path.name == previous_path.name:
@@ -223,10 +229,67 @@ class Service:
                 on_note(f"{path.name} is being deployed already")
         if is_deployed:
             config["args"] = {**config["args"], "checkpoint": str(path)}
-            _deploy(run, self.connection, config, host, port, remark, on_note)
+            _deploy(self.connection, config, host, port, remark, on_note)
         if wait:
             self.wait(on_note=on_note)
         return ServiceUpdate(path.name, is_deployed)
+
+    @property
+    def adapters(self) -> dict[str, Location]:
+        """Checkpoint of each adapter by its name, with which requests ask for it as their `model`.
+
+        Raises:
+            ServeError: the application is gone.
+            ClusterError: the cluster does not answer.
+        """
+        return adapter_paths(serving.deployed_config(self.connection, self.name)[0])
+
+    def change_adapters(
+        self,
+        add: Mapping[str, str | PathLike[str]] | None = None,
+        remove: Collection[str] = (),
+        *,
+        wait: bool = True,
+        on_note: OnNote = ignore_note,
+    ) -> None:
+        """Add, replace and remove adapters while the service answers. Requests finish with what they began with.
+
+        Args:
+            add: runs, RUN@STEP or folders of checkpoints by the names of the adapters.
+            remove: names of adapters.
+            wait: whether to wait until all replicas have the adapters.
+            on_note: callback that gets lines of text about the progress.
+
+        Raises:
+            RunError, CheckpointError: an adapter's checkpoint is missing or damaged.
+            ServeError: the application is gone, has no place for so many adapters or no adapter to remove, an adapter
+                is of other weights, or a replica could not load it.
+            ClusterError: the cluster does not answer.
+        """
+        config, host, port = serving.deployed_config(self.connection, self.name)
+        subject, path = f"application {self.name}", location(config["args"]["checkpoint"])
+        run, adapters = RunDir.of_checkpoint(path), adapter_paths(config)
+        for name in remove:
+            if name not in adapters:
+                served_names = ", ".join(adapters) or "none"
+                raise ServeError(f"adapter {name}", f"{subject} does not have it", f"it has {served_names}")
+            del adapters[name]
+        adapters |= find_adapters(add or {}, path, run)
+        if len(adapters) > (max_adapters := config["args"]["serve"]["max_adapters"]):
+            reason = f"it has places for {max_adapters} adapters, and this would make {len(adapters)}"
+            raise ServeError(subject, reason, "remove some, or deploy it with a larger serve.max_adapters")
+        set_adapters(config, adapters)
+        _deploy(self.connection, config, host, port, f"with the adapters {', '.join(adapters) or 'none'}", on_note)
+        if wait:
+            self.wait(on_note=on_note)
+            self._check_loaded(adapters)
+
+    def _check_loaded(self, adapters: Collection[str]) -> None:
+        """Raise ServeError if a replica lacks an adapter, which it could not load."""
+        for replica in self.stats()["replicas"]:
+            for name in sorted(set(adapters) - set(replica["adapters"])):
+                reason = f"replica {replica['replica']} could not load it"
+                raise ServeError(f"adapter {name}", reason, "see the replica's log in the dashboard")
 
     def stop(self, on_note: OnNote = ignore_note) -> None:
         """Stop serving, and wait until running requests are finished and the application is gone.
@@ -250,7 +313,6 @@ def _checkpoint_of(application: Application) -> Location:
 
 
 def _deploy(
-    run: RunDir,
     connection: Connection,
     config: dict[str, Any],
     host: str,
@@ -258,19 +320,21 @@ def _deploy(
     remark: str,
     on_note: OnNote,
 ) -> None:
-    """Deploy an application without waiting until it answers, and record the deployment in the run directory. `remark`
-    ends the note "deploying CHECKPOINT ...", such as "of RUN"."""
-    name, checkpoint = config["name"], location(config["args"]["checkpoint"]).name
+    """Deploy an application without waiting until it answers, and record it in the run directories. `remark` ends the
+    note "deploying CHECKPOINT ...", such as "of RUN"."""
+    name, path = config["name"], location(config["args"]["checkpoint"])
+    adapter_uses = {f"{name}/{adapter}": path for adapter, path in adapter_paths(config).items()}
     # Serve ignores a configuration that it already has, so a random argument starts a failed application again.
     if _application_status(connection, name) in ("DEPLOY_FAILED", "UNHEALTHY"):
         config["args"]["again"] = token_hex(3)
-    on_note(Activity(f"deploying {checkpoint}"))
+    on_note(Activity(f"deploying {path.name}"))
     url = serving.deploy(connection, config, host, port)
-    # The deployment is recorded, so that `mhmoe status` can ask the application, before anything waits for it: Serve
-    # continues to deploy and may succeed even if this process ends early.
-    fields = {"application": name, "url": url, "address": connection.address, "checkpoint": checkpoint}
-    events.record_use(run, "served", on_note, **fields)
-    on_note(f"deploying {checkpoint} {remark}")
+    # The deployment is recorded, so that `mhmoe status` can ask the application and retention keeps its checkpoints,
+    # before anything waits for it: Serve continues to deploy and may succeed even if this process ends early.
+    for use, used_path in {name: path, **adapter_uses}.items():
+        fields = {"application": use, "url": url, "address": connection.address, "checkpoint": used_path.name}
+        events.record_use(RunDir.of_checkpoint(used_path), "served", on_note, **fields)
+    on_note(f"deploying {path.name} {remark}")
 
 
 def _application_status(connection: Connection, name: str) -> str | None:

@@ -146,16 +146,38 @@ class WeightsReader:
         load_tensors(self._folder, tensors, index=self.index)
         for name, tensor in tensors.items():
             for matrix_sum in self._sums.get(name, ()):
-                names = (matrix_sum.a_name, matrix_sum.b_name)
-                shapes = {name: self._shapes[name] for name in names}
-                adapter = read_tensors(self._adapter_folder, shapes, self._adapter_index)
-                matrix_sum.add_to(tensor, *(adapter[name].to(tensor.device) for name in names))
+                matrix_sum.add_to(tensor, *(t.to(tensor.device) for t in self._adapter_tensors(matrix_sum)))
+
+    def adapters(self) -> Iterator[tuple[str, MatrixSum, Tensor, Tensor]]:
+        """Yield the name of each matrix with an adapter, or of a part of it, with the adapter and its A and B."""
+        for name, sums in self._sums.items():
+            for matrix_sum in sums:
+                yield name, matrix_sum, *self._adapter_tensors(matrix_sum)
+
+    def _adapter_tensors(self, matrix_sum: MatrixSum) -> tuple[Tensor, Tensor]:
+        shapes = {name: self._shapes[name] for name in (matrix_sum.a_name, matrix_sum.b_name)}
+        tensors = read_tensors(self._adapter_folder, shapes, self._adapter_index)
+        return tensors[matrix_sum.a_name], tensors[matrix_sum.b_name]
 
     def read(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Read full tensors like `read_tensors`."""
         tensors = empty_tensors(shapes, self.index)
         self.load(tensors)
         return tensors
+
+
+def equal_weights(checkpoint: Location, other_checkpoint: Location) -> bool:
+    """Return whether two checkpoints, neither with an adapter, have equal weights, however ranks divided them."""
+    readers = [WeightsReader(path) for path in (checkpoint, other_checkpoint)]
+    shapes = [{name: full_shape(slices) for name, slices in reader.index.items()} for reader in readers]
+    if shapes[0] != shapes[1]:
+        return False
+    # One tensor at a time, because the weights may not fit into memory.
+    for name, shape in shapes[0].items():
+        tensors = [reader.read({name: shape})[name] for reader in readers]
+        if not torch.equal(*tensors):
+            return False
+    return True
 
 
 class StatefulObjective(Protocol):

@@ -118,6 +118,40 @@ def update(
 
 
 @app.command()
+def adapters(
+    name: NameArg = APPLICATION,
+    add: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=RUN", help="Adapter to add or replace: RUN, RUN@STEP or a checkpoint's folder."),
+    ] = [],  # noqa: B006 - typer needs the list
+    remove: Annotated[list[str], typer.Option(metavar="NAME", help="Adapter to remove.")] = [],  # noqa: B006
+    address: options.AddressOption = None,
+) -> None:
+    """List the adapters of an application, which requests name as their model, or add and remove some.
+
+    The application answers meanwhile, and its replicas stay. It needs a `serve.max_adapters` that is large enough.
+    """
+    show_activity("connecting to the cluster")
+    from mhmoe_ray.api.service import Service
+    from mhmoe_ray.cluster.connect import connect
+
+    targets = {}
+    for text in add:
+        adapter, _, target = text.partition("=")
+        if not (adapter and target):
+            raise typer.BadParameter(f"{text} is not NAME=RUN", param_hint="--add")
+        targets[adapter] = target
+    service = Service(name, connect(address))
+    if targets or remove:
+        service.change_adapters(targets, remove, on_note=print_note)
+    columns = ["adapter", "checkpoint"]
+    if rows := [(adapter, str(path)) for adapter, path in service.adapters.items()]:
+        print_table(columns, rows, names=columns)
+    else:
+        out.print(f"{name} has no adapters")
+
+
+@app.command()
 def status(address: options.AddressOption = None, json: options.JsonOption = False) -> None:
     """Show what is served, and how busy it is (with the key in MHMOE_API_KEY, if the server requires keys)."""
     from dataclasses import asdict

@@ -291,8 +291,9 @@ def applications_at(run: RunDir, address: str, seconds: float) -> list[dict[str,
     """
     entries = []
     for application in applications(connect_recorded(address), seconds):
-        checkpoint = location(application.checkpoint) if application.checkpoint else None
-        if checkpoint and RunDir.of_checkpoint(checkpoint) == run:
-            entry = {"application": application.name, "url": application.url, "checkpoint": checkpoint.name}
-            entries.append({**entry, "status": application.status, "message": application.message})
+        for name, path in application.checkpoints.items():
+            checkpoint = location(path)
+            if RunDir.of_checkpoint(checkpoint) == run:
+                entry = {"application": name, "url": application.url, "checkpoint": checkpoint.name}
+                entries.append({**entry, "status": application.status, "message": application.message})
     return entries

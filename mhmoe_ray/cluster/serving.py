@@ -14,7 +14,7 @@ from mhmoe_ray.cluster.jobs import failure_reason, translated_errors, upload_run
 from mhmoe_ray.cluster.packages import EXCLUDED_PATTERNS, PACKAGES, with_packages
 from mhmoe_ray.cluster.serve_client import app_configs, client, config_lock, put_configs, serve_details, shut_down_idle
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serving.config import IMPORT_PATH
+from mhmoe_ray.serving.config import IMPORT_PATH, adapter_paths
 from mhmoe_ray.spec.serve import is_valid_key
 from mhmoe_ray.terminal import Activity
 
@@ -33,6 +33,14 @@ class Application:
     """Serve's message as one line; empty if all is well."""
     checkpoint: str | None
     """Path of the served checkpoint; None if this package did not deploy the application."""
+    adapters: dict[str, str]
+    """Paths of the checkpoints of its adapters, by their names."""
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """Paths of all checkpoints that it serves, by its name and NAME/ADAPTER."""
+        paths = {self.name: self.checkpoint} if self.checkpoint else {}
+        return paths | {f"{self.name}/{adapter}": path for adapter, path in self.adapters.items()}
 
 
 def deploy(connection: Connection, application: dict[str, Any], host: str, port: int) -> str:
@@ -133,8 +141,10 @@ def applications(connection: Connection, seconds: float = 60) -> list[Applicatio
     for name, app in sorted(details["applications"].items()):
         url = base + (_route(app) or "").rstrip("/")
         config = app["deployed_app_config"]
-        checkpoint = config["args"]["checkpoint"] if config and _is_ours(config) else None
-        result.append(Application(name, url, reachable, app["status"], _message(app), checkpoint))
+        is_ours = bool(config and _is_ours(config))
+        checkpoint = config["args"]["checkpoint"] if is_ours else None
+        adapters = {adapter: str(path) for adapter, path in adapter_paths(config).items()} if is_ours else {}
+        result.append(Application(name, url, reachable, app["status"], _message(app), checkpoint, adapters))
     return result
 
 

@@ -1,6 +1,6 @@
 """Text in, text out: encode prompts for an engine, decode its answers as they arrive, and apply stop strings."""
 
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -165,6 +165,11 @@ class ServedModel:
     def __init__(self, engine: ServedEngine, details: ModelDetails) -> None:
         self.engine, self.details = engine, details
 
+    @property
+    def adapters(self) -> Collection[str]:
+        """Names of the adapters of the model that requests may name in its place."""
+        return ()
+
 
 class ServedText(ServedModel, PromptEncoder):
     """A served model that reads texts."""
@@ -200,6 +205,10 @@ class Answerer(ServedText):
         super().__init__(engine, tokenizer, details, adds_start)
         self.template = template
         self._token_bytes = TokenBytes(tokenizer, self.decode)
+
+    @property
+    def adapters(self) -> Collection[str]:
+        return self.engine.adapters
 
     def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:
         """Raise ServeError if a prompt does not fit in the model's context."""

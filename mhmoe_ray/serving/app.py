@@ -1,5 +1,7 @@
 """The Ray Serve application: replicas with an engine each, and a deployment that checks the rate limits of API keys."""
 
+import asyncio
+import logging
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,10 +19,12 @@ from mhmoe_ray.serving.api.app import create_app, replica_stats
 from mhmoe_ray.serving.config import DEPLOYMENT, LIMITS_DEPLOYMENT
 from mhmoe_ray.serving.engine import EngineError
 from mhmoe_ray.serving.family import serving_of
-from mhmoe_ray.serving.load import check_served
+from mhmoe_ray.serving.load import check_served, load_adapters
 from mhmoe_ray.serving.ray_metrics import export_periodically
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.storage import location
+
+logger = logging.getLogger("ray.serve")
 
 
 class Args(BaseModel):
@@ -83,8 +87,22 @@ class Completions:
 
         bind_replica()
         self._args, self._answerer = args, load_served(location(args.checkpoint), args.serve)
+        self._is_configured = False
         self._rate_limiter = RemoteRateLimiter(rate_limiter) if rate_limiter else None
         export_periodically(self._answerer.engine.stats, args.model)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the adapters of Serve's `user_config`, at the start or while requests run."""
+        checkpoints = {name: location(path) for name, path in user_config["adapters"].items()}
+        try:
+            # A thread loads them, because requests go on meanwhile.
+            await asyncio.to_thread(load_adapters, self._answerer, checkpoints)
+        except MhmoeError as e:
+            if not self._is_configured:
+                raise
+            # Serve would replace the replica, whose other adapters work. Requests for this one are refused.
+            logger.error("%s", e)
+        self._is_configured = True
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the HTTP application of this replica. Serve calls it once the replica is constructed."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mhmoe_ray.spec import ServeSpec
-from mhmoe_ray.storage import Location
+from mhmoe_ray.storage import Location, location
 
 IMPORT_PATH = "mhmoe_ray.serving.app:build"
 DEPLOYMENT = "completions"
@@ -41,12 +41,13 @@ def application_config(
     model_name: str,
     route: str = "/",
     runtime_env: Mapping[str, Any] | None = None,
+    adapters: Mapping[str, Location] | None = None,
 ) -> dict[str, Any]:
     """Return the application as an element of the `applications` list for a PUT to Serve's REST API.
 
     Another application of the same name is replaced. Every node must be able to read the checkpoint, whose relative
     path counts from the caller's working directory. The spec's `host` and `port` belong to the cluster's Serve instance
-    and are unused.
+    and are unused. `adapters` has the checkpoint of each adapter of the spec.
     """
     deployment = {
         "name": DEPLOYMENT,
@@ -62,7 +63,9 @@ def application_config(
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
         "ray_actor_options": {"num_cpus": spec.cpus_per_replica, "num_gpus": spec.gpus_per_replica},
     }
-    return {
+    max_adapters = max(spec.max_adapters, len(adapters or {}))
+    spec = spec.model_copy(update={"adapters": {}, "max_adapters": max_adapters})
+    config = {
         "name": name,
         "route_prefix": route,
         "import_path": IMPORT_PATH,
@@ -74,6 +77,22 @@ def application_config(
         },
         "deployments": [deployment],
     }
+    if max_adapters:
+        set_adapters(config, adapters or {})
+    return config
+
+
+def adapter_paths(config: dict[str, Any]) -> dict[str, Location]:
+    """Return the checkpoint of each adapter of an application's configuration."""
+    user_configs = (deployment.get("user_config") or {} for deployment in config.get("deployments", ()))
+    return {name: location(path) for user in user_configs for name, path in user.get("adapters", {}).items()}
+
+
+def set_adapters(config: dict[str, Any], adapters: Mapping[str, Location]) -> None:
+    """Set the checkpoint of each adapter in an application's configuration."""
+    # Serve restarts replicas if the arguments change, but passes a new `user_config` to those that run.
+    paths = {name: str(path.absolute()) for name, path in adapters.items()}
+    config["deployments"][0]["user_config"] = {"adapters": paths}
 
 
 def _replica_options(spec: ServeSpec) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 An engine's library is imported when the engine is loaded, so that checks need no library.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pkgutil import resolve_name
 from typing import Protocol
 
@@ -24,6 +24,9 @@ from mhmoe_ray.storage import Location
 
 def check_served(manifest: CheckpointManifest, spec: ServeSpec, run: RunDir) -> None:
     """Raise ServeError if the engine or a package is missing here, or the engine cannot compute this model."""
+    if spec.max_adapters and not manifest.model.family.predicts_next_token:
+        reason = f"adapters are for decoders, and the model is {manifest.model.family.title}"
+        raise ServeError("serve.max_adapters", reason, "remove it")
     serving_of(manifest.model.kind).check(manifest, spec, run)
 
 
@@ -116,6 +119,13 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
     engine = load_engine(checkpoint, manifest, tokenizer, spec)
     return Answerer(engine, tokenizer, template, details, manifest.adds_start)
+
+
+def load_adapters(served: ServedModel, checkpoints: Mapping[str, Location]) -> None:
+    """Call `Engine.set_adapters` of a served decoder, from a thread beside the engine's."""
+    assert isinstance(served, Answerer), "`check_served` refuses adapters of other models"
+    _use_one_thread()
+    served.engine.set_adapters(checkpoints)
 
 
 def _use_one_thread() -> None:

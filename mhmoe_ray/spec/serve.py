@@ -37,10 +37,12 @@ class EngineTraits(NamedTuple):
     it computes all decoders. The module does not import the engine's library."""
     has_ranks: bool = False
     """True if a replica may consist of several ranks (`serve.tensor_parallel`)."""
+    has_adapters: bool = False
+    """True if requests may ask for adapters of the model (`serve.adapters`)."""
 
 
 ENGINES = {
-    "torch": EngineTraits(start="mhmoe_ray.serving.engine.torch_engine:start_engine"),
+    "torch": EngineTraits(start="mhmoe_ray.serving.engine.torch_engine:start_engine", has_adapters=True),
     "vllm": EngineTraits(
         start="mhmoe_ray.serving.vllm.engine:VllmEngine", check="mhmoe_ray.serving.vllm.folder:check", has_ranks=True
     ),
@@ -71,6 +73,12 @@ class ServeSpec(Section):
     """Number of vLLM's ranks on one node, each of which has a part of every layer. With GPUs, each rank has one GPU."""
     expert_parallel: bool = False
     """If true, each of vLLM's ranks has some of the experts. If false, each rank has a part of every expert."""
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")], str] = Field(default_factory=dict)
+    """Adapters (`train.adapter`) of the served model, by the name with which requests ask for them as their `model`:
+    RUN, RUN@STEP, or the folder of a checkpoint. Each was trained on weights equal to the served ones."""
+    max_adapters: NonNegativeInt = 0
+    """Number of adapters that a deployment may have at a time with `mhmoe serve adapters`; at least those of
+    `adapters`. With any, experts on a GPU run one after another with engine torch."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the served weights and of matrix products. It may differ from the precision of training. Routing and
     the residual stream are always in float32."""
@@ -107,6 +115,9 @@ class ServeSpec(Section):
             engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_ranks)
             reason = f"engine {self.engine} is one process, so tensor_parallel would be ignored"
             raise ValueError(f"{reason}: set engine: {engines}")
+        if (self.adapters or self.max_adapters) and not ENGINES[self.engine].has_adapters:
+            engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_adapters)
+            raise ValueError(f"engine {self.engine} serves no adapters: set engine: {engines}")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ValueError("expert_parallel divides experts among tensor_parallel ranks, and there is one rank")
         if self.gpus_per_replica not in (0, self.tensor_parallel):

@@ -201,7 +201,7 @@ def test_api_key_is_not_sent_through_a_proxy(monkeypatch):
     with json_server({}) as (proxy, proxy_requests), json_server({"/stats": {"model": "tiny"}}) as (port, requests):
         for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://{HOST}:{proxy}")
-        application = serving.Application("mhmoe", f"http://localhost:{port}", True, "RUNNING", "", "/mnt/c")
+        application = serving.Application("mhmoe", f"http://localhost:{port}", True, "RUNNING", "", "/mnt/c", {})
         assert serving.application_stats(application, "secret") == {"model": "tiny"}
     assert (proxy_requests, requests) == ([], [("/stats", True)])
 
@@ -209,7 +209,7 @@ def test_api_key_is_not_sent_through_a_proxy(monkeypatch):
 @pytest.mark.parametrize("key", ["ключ", "sécret", "sec\nret"])
 def test_api_key_that_cannot_be_sent_is_explained_in_a_line_without_it(key):
     with json_server({"/stats": {"model": "tiny"}}) as (port, requests):
-        application = serving.Application("mhmoe", f"http://{HOST}:{port}", True, "RUNNING", "", "/mnt/c")
+        application = serving.Application("mhmoe", f"http://{HOST}:{port}", True, "RUNNING", "", "/mnt/c", {})
         answer = serving.application_stats(application, key)
     assert answer == "the API key has a character that is not printable ASCII; correct MHMOE_API_KEY"
     assert requests == []

@@ -1,14 +1,19 @@
 """Tests of packed matrices and experts against plain ones, and of a row's independence of all other rows."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mhmoe_kernels import GeluSubln, Swiglu, packed, run_experts
 from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
-from mhmoe_kernels.packed import PackedMatrix, run_packed
+from mhmoe_kernels.packed import PackedMatrix, PaddedMatrix, run_packed
 from tests.kernels.problems import make_problem
 
+MATRICES = [PackedMatrix, PaddedMatrix]
+PACKED_SIZES = [(96, 200), (32, 16), (64, 300), (1024, 4), (384, 8), (3, 200), (8, 1024)]
+"""Widths and outputs of matrices, with those of adapters of rank 3, 4 and 8."""
 FUNCTIONS = [Swiglu(), GeluSubln()]
 LEVELS = {torch.float32: CpuLevel.AVX2, torch.bfloat16: CpuLevel.AVX512_BF16}
 """Lowest CPU level at which each dtype is packed on an x86; on other CPUs, float32 is packed if torch has oneDNN."""
@@ -19,10 +24,10 @@ COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")]
 
 
-def packed_experts(weights):
-    """Return the packed matrices of each expert."""
+def packed_experts(weights, matrix):
+    """Return the functions of all experts with packed or padded matrices."""
     return [
-        packed.pack_layer(weights.function, expert_weights)
+        packed.pack_layer(weights.function, expert_weights, lambda _, weight, bias: matrix(weight, bias))
         for expert_weights in zip(*(w.unbind() for w in weights.stacked), strict=True)
     ]
 
@@ -40,30 +45,34 @@ def test_dtype_is_packed_from_its_cpu_level(monkeypatch, dtype, level):
     assert (packed.unavailable_reason(dtype) is None) == (level >= LEVELS[dtype])
 
 
+@pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("n", [0, 1, 7, 40])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
-def test_packed_experts_match_reference(function, n):
+def test_packed_experts_match_reference(function, n, matrix):
     x, expert, gate, weights = make_problem(
         n, n, d=24, f=40, e=5, k=2, dtype=torch.float32, n_used=4, function=function
     )
     weights = weights._replace(function=function)
-    actual = run_packed(x, expert, gate, packed_experts(weights))
+    actual = run_packed(x, expert, gate, packed_experts(weights, matrix))
     torch.testing.assert_close(actual, run_experts("reference", x, expert, gate, weights), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "outputs"), [(384, 1024), (96, 200), (32, 16), (64, 300)])
+@pytest.mark.parametrize(
+    ("matrix", "width", "outputs"),
+    [*product(MATRICES, [384], [1024]), *((PackedMatrix, *sizes) for sizes in PACKED_SIZES)],
+)
 @torch.no_grad()
-def test_product_row_is_bitwise_independent_of_row_count(width, outputs, dtype, threads):
+def test_product_row_is_bitwise_independent_of_row_count(matrix, width, outputs, dtype, threads):
     g = torch.Generator().manual_seed(width)
     weight, bias = torch.randn(outputs, width, generator=g).to(dtype), torch.randn(outputs, generator=g)
     x = torch.randn(max(COUNTS), width, generator=g)
     previous_threads = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        matrix = PackedMatrix(weight, bias)
+        matrix = matrix(weight, bias)
         all_outputs = matrix(x)
         for count in COUNTS:
             for start in (0, 37):
@@ -76,11 +85,12 @@ def test_product_row_is_bitwise_independent_of_row_count(width, outputs, dtype, 
     torch.testing.assert_close(all_outputs.double(), expected, atol=tolerance * width**0.5, rtol=tolerance)
 
 
+@pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
-def test_expert_output_is_bitwise_independent_of_other_rows(function):
+def test_expert_output_is_bitwise_independent_of_other_rows(function, matrix):
     x, expert, gate, weights = make_problem(3, 60, d=96, f=200, e=6, k=2, dtype=torch.float32, function=function)
-    experts = packed_experts(weights._replace(function=function))
+    experts = packed_experts(weights._replace(function=function), matrix)
     all_outputs = run_packed(x, expert, gate, experts)
     for rows in ([0], [59], [3, 4, 5], [*range(10, 27)]):
         assert torch.equal(run_packed(x[rows], expert[rows], gate[rows], experts), all_outputs[rows])

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mhmoe_kernels import packed
+from mhmoe_kernels.packed import PackedMatrix, PaddedMatrix
 from mhmoe_ray.model.decoder import Decoder
-from mhmoe_ray.serving.engine.packed_model import pack_model
+from mhmoe_ray.serving.engine.packed_model import PackedModel
 from mhmoe_ray.spec import ModelSpec
 from tests.serving.conftest import SPEC, build_model
 
@@ -32,9 +33,10 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("matrix", [PackedMatrix, PaddedMatrix])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_packed_model_equals_the_training_model(kind):
+def test_packed_model_equals_the_training_model(kind, matrix):
     model, packed_model = build_model(KINDS[kind]), build_model(KINDS[kind])
     biases = [name for name, _ in model.named_buffers() if name.endswith("bias_E")]
     assert bool(biases) == ("bias" in kind)
@@ -42,7 +44,7 @@ def test_packed_model_equals_the_training_model(kind):
         # In an untrained model the biases are 0, so that a missing one would not show.
         for name in biases:
             copy.get_buffer(name).copy_(torch.linspace(0.3, -0.3, copy.get_buffer(name).numel()))
-    pack_model(packed_model)
+    PackedModel(packed_model, matrix)
     token_BT = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(1))
     expected, actual = model(token_BT), packed_model(token_BT)
     torch.testing.assert_close(actual.logits_BTV, expected.logits_BTV, atol=1e-4, rtol=1e-4)
@@ -53,7 +55,7 @@ def test_packed_model_equals_the_training_model(kind):
 def test_packing_releases_the_plain_weights():
     """Plain weights remain only in the embedding, which is read row by row, and in the small norms and router."""
     model = build_model()
-    pack_model(model)
+    PackedModel(model, PackedMatrix)
     remaining_names = {name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_parameters()}
     assert remaining_names == {"embedding", "attention_norm", "ffn_norm", "norm", "scores"}
     assert isinstance(model, Decoder)

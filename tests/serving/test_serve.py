@@ -21,6 +21,7 @@ from mhmoe_ray.serving.engine import SamplingParams
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 
+from .adapters import save_adapter
 from .asking import answer_pieces
 from .conftest import SEQ_LEN
 from .deployed import application_details, deploy, running_replicas, start_ray_serve, wait_for_status
@@ -329,6 +330,40 @@ def test_unfinished_bodies_of_one_client_leave_others_their_answers(port, checkp
             assert (answer.status_code, time.monotonic() < deadline) == (429, True)
             time.sleep(0.2)
         assert time.monotonic() < deadline
+
+
+def test_adapters_come_and_go_while_the_same_replica_answers(port, checkpoint, tmp_path):
+    adapters = {name: save_adapter(tmp_path / name, seed) for seed, name in enumerate(("ann", "bob"))}
+    spec = ServeSpec(max_tokens=40, max_adapters=2)
+
+    def deploy_adapters(*names):
+        chosen_adapters = {name: adapters[name] for name in names}
+        deploy([application_config("adapted", checkpoint, spec, "tiny-abc123", "/adapted", adapters=chosen_adapters)])
+
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}/adapted", timeout=30) as client:
+
+        def wait_for_models(*names):
+            deadline = time.monotonic() + 60
+            while [model["id"] for model in client.get("/v1/models").json()["data"]] != ["tiny-abc123", *names]:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        deploy_adapters("ann")
+        wait_for_status("adapted", "RUNNING")
+        replicas = running_replicas("adapted")
+        expected = {name: complete(client, model=name)["choices"] for name in ("tiny-abc123", "ann")}
+        assert expected["tiny-abc123"] != expected["ann"]
+        with run_clients(lambda: (complete(client)["choices"], complete(client, model="ann")["choices"])) as answers:
+            deploy_adapters("ann", "bob")
+            wait_for_models("ann", "bob")
+            assert complete(client, model="bob")["choices"] not in expected.values()
+        assert answers
+        assert all(answer == tuple(expected.values()) for answer in answers)
+        deploy_adapters("bob")
+        wait_for_models("bob")
+        assert client.post("/v1/completions", json={"prompt": "the", "model": "ann"}).status_code == 404
+        wait_for_status("adapted", "RUNNING")
+        assert running_replicas("adapted") == replicas
 
 
 def test_unservable_checkpoint_fails_in_one_line(client, checkpoint):

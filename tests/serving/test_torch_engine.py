@@ -9,7 +9,7 @@ import torch
 from mhmoe_ray.data.tokenizer import END_OF_TEXT
 from mhmoe_ray.serving.engine import BusyError, EngineError, Request, SamplingParams
 from mhmoe_ray.serving.engine.scheduler import PREFILL_CHUNK
-from mhmoe_ray.serving.engine.torch_engine import PREFILL_BUDGET, TorchEngine, make_batch_invariant
+from mhmoe_ray.serving.engine.torch_engine import PREFILL_BUDGET, TorchEngine, pack_model
 from mhmoe_ray.spec import ServeSpec
 from tests.serving.asking import answer_all, answer_tokens
 from tests.serving.conftest import SEQ_LEN, SPEC, build_model
@@ -28,9 +28,9 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 def create_engine(model, seq_len=SEQ_LEN, **overrides):
     """Return an engine in float32 without end tokens, for 32 concurrent requests; `overrides` change its settings."""
-    make_batch_invariant(model, torch.float32)
+    packed_model = pack_model(model, torch.float32)
     spec = ServeSpec(**{"max_concurrency": 32, "max_waiting": 1000, "cpus_per_replica": 1, **overrides})
-    return TorchEngine(model, frozenset(), TOKENIZER_SIZE, seq_len, spec)
+    return TorchEngine(model, frozenset(), TOKENIZER_SIZE, seq_len, spec, packed_model)
 
 
 @pytest.fixture(scope="module")

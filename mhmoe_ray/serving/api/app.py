@@ -95,7 +95,7 @@ def create_app(
 
 def replica_stats(answerer: ServedModel, replica: str) -> dict[str, Any]:
     """Return the statistics of a replica's engine as a JSON object."""
-    return {"replica": replica, **answerer.engine.stats().as_json()}
+    return {"replica": replica, "adapters": sorted(answerer.adapters), **answerer.engine.stats().as_json()}
 
 
 def _info_router(service: ModelService[Any], replica: str, collect_stats: StatsCollector | None) -> APIRouter:
@@ -103,13 +103,18 @@ def _info_router(service: ModelService[Any], replica: str, collect_stats: StatsC
 
     @routes.get("/v1/models")
     async def models() -> ModelList:
-        return ModelList(data=[await model(service.model)])
+        return ModelList(data=[await model(name) for name in service.model_names])
 
     @routes.get("/v1/models/{name}")
     async def model(name: str) -> Model:
         service.check_model(name)
-        length = answerer.engine.seq_len if isinstance(answerer, ServedText) else None
-        return Model(id=service.model, created=service.start_time, max_model_len=length, details=answerer.details)
+        return Model(
+            id=name,
+            parent=service.model if service.adapter(name) else None,
+            created=service.start_time,
+            max_model_len=answerer.engine.seq_len if isinstance(answerer, ServedText) else None,
+            details=answerer.details,
+        )
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -43,7 +43,7 @@ def completions_router(service: CompletionService) -> APIRouter:
     async def completions(
         request: CompletionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | Completion:
-        service.check_model(request.model)
+        model = service.check_model(request.model)
         max_tokens = service.completion_max_tokens(request.max_tokens)
         if len(request.prompt) * request.n > MAX_CHOICES:
             message = f"{len(request.prompt)} prompts times n {request.n} are more than {MAX_CHOICES} choices"
@@ -57,11 +57,14 @@ def completions_router(service: CompletionService) -> APIRouter:
         sampling = request.sampling_params(max_tokens, request.logprobs)
         scores_prompt = request.echo and request.logprobs is not None
         engine_requests = [
-            (Request(ids, sampling.for_answer(choice), scores_prompt, client.name), added_count)
+            (
+                Request(ids, sampling.for_answer(choice), scores_prompt, client.name, service.adapter(model)),
+                added_count,
+            )
             for (ids, added_count), choice in product(zip(prompts, added_tokens, strict=True), range(request.n))
         ]
         answers = await service.start_answers(engine_requests, request.echo, sum(map(len, prompts)), client)
-        builder = _ResponseBuilder(service.model, len(engine_requests))
+        builder = _ResponseBuilder(model, len(engine_requests))
         if request.stream:
             include_usage = request.stream_options.include_usage
             build_usage_chunk = (lambda: builder.build_body([], answers.usage)) if include_usage else None
@@ -139,18 +142,19 @@ def chat_router(service: CompletionService) -> APIRouter:
     async def chat(
         request: ChatRequest, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | ChatCompletion:
-        service.check_model(request.model)
+        model = service.check_model(request.model)
         max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
         ids = await _encode_messages(service, request)
         sampling = request.sampling_params(max_tokens, request.top_logprobs if request.logprobs else None)
         engine_requests = [
-            (Request(ids, sampling.for_answer(choice), client=client.name), 0) for choice in range(request.n)
+            (Request(ids, sampling.for_answer(choice), client=client.name, adapter=service.adapter(model)), 0)
+            for choice in range(request.n)
         ]
         answers = await service.start_answers(engine_requests, False, len(ids), client)
         common_fields: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.model,
+            "model": model,
         }
         if request.stream:
             started_choices = set[int]()

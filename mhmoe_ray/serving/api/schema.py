@@ -311,9 +311,11 @@ class ChatChunk(BaseModel):
 
 
 class Model(BaseModel):
-    """Description of the model that this server serves."""
+    """Description of the model that this server serves, or of an adapter of it."""
 
     id: str
+    parent: str | None
+    """Name of the model that an adapter adapts; None for the model itself."""
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["mhmoe-ray"] = "mhmoe-ray"

@@ -34,11 +34,24 @@ class ModelService(Generic[Served]):
     access: AccessControl
     start_time: int = field(default_factory=lambda: int(time.time()))
 
-    def check_model(self, model_name: str | None) -> None:
-        """Raise RequestError if a request names another model than the served one."""
-        if model_name not in (None, self.model):
-            message = f"there is no model {model_name!r} here; this server has {self.model!r}"
+    @property
+    def model_names(self) -> list[str]:
+        """Names of the model and its adapters."""
+        return [self.model, *self.answerer.adapters]
+
+    def check_model(self, model_name: str | None) -> str:
+        """Return the name of the model or adapter that answers a request; RequestError if there is no such one."""
+        if model_name is None:
+            return self.model
+        if model_name not in self.model_names:
+            names = ", ".join(map(repr, self.model_names))
+            message = f"there is no model {model_name!r} here; this server has {names}"
             raise RequestError(404, message, "model", "model_not_found")
+        return model_name
+
+    def adapter(self, model_name: str) -> str:
+        """Return the adapter of this name, "" for the model alone."""
+        return "" if model_name == self.model else model_name
 
     async def begin_request(self, client: Client) -> None:
         """Count one more request of a client against its rate limit.

@@ -32,10 +32,13 @@ class BlockPool:
         """Number of blocks with reference count 0."""
         return len(self._free_blocks)
 
-    def match_prefix(self, token_ids: Sequence[int]) -> list[int]:
-        """Return the ids of cached blocks that match the start of `token_ids`, without adding references to them."""
+    def match_prefix(self, token_ids: Sequence[int], root_hash: bytes = b"") -> list[int]:
+        """Return the ids of cached blocks that match the start of `token_ids`, without adding references to them.
+
+        `root_hash` stands in place of the first block's parent; requests with different ones share no blocks.
+        """
         matching_blocks = []
-        for block_hash in block_hashes(token_ids):
+        for block_hash in block_hashes(token_ids, root_hash):
             block_id = self._block_by_hash.get(block_hash)
             if block_id is None:
                 break
@@ -77,9 +80,9 @@ class BlockPool:
             self._hash_by_block[block_id] = block_hash
 
 
-def block_hashes(token_ids: Sequence[int]) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int], root_hash: bytes = b"") -> list[bytes]:
     """Return the block hash of each full block of `token_ids`."""
-    hashes, parent_hash = [], b""
+    hashes, parent_hash = [], root_hash
     for start in range(0, len(token_ids) - BLOCK_SIZE + 1, BLOCK_SIZE):
         parent_hash = next_block_hash(parent_hash, token_ids[start : start + BLOCK_SIZE])
         hashes.append(parent_hash)
@@ -87,7 +90,7 @@ def block_hashes(token_ids: Sequence[int]) -> list[bytes]:
 
 
 def next_block_hash(parent_hash: bytes, token_ids: Sequence[int]) -> bytes:
-    """Return the block hash of a full block, whose parent's is empty for the first block."""
+    """Return the block hash of a full block, whose parent's is the root hash for the first block."""
     # A collision would give one request the keys and values of another: 128 bits make it practically impossible.
     return hashlib.blake2b(parent_hash + array("q", token_ids).tobytes(), digest_size=16).digest()
 

@@ -1,10 +1,11 @@
 """The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mhmoe_ray.serving.sampling import SamplingParams
+from mhmoe_ray.storage import Location
 
 BUCKET_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0)
 """Upper bounds of a histogram's buckets, in seconds; one more bucket has no bound."""
@@ -82,6 +83,8 @@ class Request:
     prompt_logprobs: bool = False
     client: str = ""
     """Client's name; waiting clients take turns."""
+    adapter: str = ""
+    """Name of the adapter that answers; empty for the model alone."""
 
 
 class ScoredToken(NamedTuple):
@@ -133,6 +136,21 @@ class TextEngine(ServedEngine, Protocol):
 
 class Engine(TextEngine, Protocol):
     """The interface of engines of decoders."""
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """Names of the adapters that requests may name."""
+        ...
+
+    def set_adapters(self, checkpoints: Mapping[str, Location]) -> None:
+        """Serve the adapters of these checkpoints, by name, and no others. Requests go on meanwhile.
+
+        Requests that began with a removed adapter keep it. The adapters were trained on weights equal to the engine's.
+
+        Raises:
+            CheckpointError, ServeError: an adapter is damaged, or the engine cannot compute it. The others are served.
+        """
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[AnswerUpdate, None]:
         """Yield the answer in parts as they are computed. Closing the generator early aborts the request.

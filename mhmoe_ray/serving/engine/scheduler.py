@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.serving.engine.block_pool import BLOCK_SIZE, BlockPool, count_blocks, next_block_hash
 from mhmoe_ray.serving.engine.fair_queue import FairQueue
+from mhmoe_ray.serving.engine.packed_model import ServedAdapter
 from mhmoe_ray.serving.engine.request import Request, ScoredToken
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
 
@@ -26,14 +27,19 @@ PREFILL_CHUNK = 4 * BLOCK_SIZE
 class Sequence(RequestState):
     """A request with its tokens so far and its blocks of the KV cache."""
 
-    def __init__(self, request: Request, max_new_tokens: int, deliver: Deliver) -> None:
+    def __init__(
+        self, request: Request, max_new_tokens: int, deliver: Deliver, adapter: ServedAdapter | None = None
+    ) -> None:
         super().__init__(request, max_new_tokens, deliver)
+        self.adapter = adapter
+        # The same tokens have other keys and values with another adapter.
+        self.root_hash = adapter.digest if adapter else b""
         self.token_ids = list(request.prompt_ids)
         self.computed_tokens = 0
         """Number of tokens at the start whose keys and values are in the cache."""
         self.block_ids: list[int] = []
         self.prompt_scores: list[ScoredToken] = []
-        self._hashed_blocks, self._last_hash = 0, b""
+        self._hashed_blocks, self._last_hash = 0, self.root_hash
 
     @property
     def answer_tokens(self) -> int:
@@ -139,7 +145,7 @@ class Scheduler:
         # tokens of the prompt, which only computing these tokens gives.
         if not sequence.request.prompt_logprobs:
             # The last token is always computed, because its logits give the first token of the answer.
-            matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1])
+            matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1], sequence.root_hash)
             matching_blocks = matching_blocks[
                 : len(matching_blocks) * BLOCK_SIZE // PREFILL_CHUNK * PREFILL_CHUNK // BLOCK_SIZE
             ]

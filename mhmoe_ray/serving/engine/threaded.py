@@ -2,13 +2,15 @@
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from copy import deepcopy
 from typing import Generic, TypeVar
 
+from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
 from mhmoe_ray.serving.engine.request import AnswerUpdate, BusyError, EngineError, Request, Stats
 from mhmoe_ray.spec import ServeSpec
+from mhmoe_ray.storage import Location
 
 Deliver = Callable[[AnswerUpdate | Exception], None]
 """Function that passes an update or an error from the engine's thread to the answer's coroutine."""
@@ -27,10 +29,11 @@ class RequestState(RequestTimes):
 
 
 T = TypeVar("T", bound=RequestState)
+A = TypeVar("A")
 
 
-class ThreadedEngine(BackgroundEngine, Generic[T]):
-    """Base class of an `Engine` that computes in its own thread.
+class ThreadedEngine(BackgroundEngine, Generic[T, A]):
+    """Base class of an `Engine` that computes in its own thread, with requests T and adapters A.
 
     Methods whose names begin with an underscore must be called with the lock `_condition` held, except the thread's
     body `_run` and `_run_round`. `_run` also calls `_deliver_updates` without the lock, because only the thread adds
@@ -42,6 +45,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
         self.seq_len, self._stop_token_ids, self._spec = seq_len, stop_token_ids, spec
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, AnswerUpdate | Exception]]] = {}
         """Updates by event loop, which gets those of a round together, because waking it is expensive."""
+        self._adapters: dict[str, tuple[Location, A]] = {}
 
     @abstractmethod
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
@@ -66,6 +70,37 @@ class ThreadedEngine(BackgroundEngine, Generic[T]):
     @abstractmethod
     def _fill_stats(self, stats: Stats) -> None:
         """Fill in the subclass's own statistics, such as the use of the KV cache."""
+
+    @abstractmethod
+    def _load_adapter(self, name: str, checkpoint: Location) -> A:
+        """Load the adapter of a checkpoint without the lock; errors are those of `set_adapters`."""
+
+    @property
+    def adapters(self) -> Collection[str]:
+        return self._adapters.keys()
+
+    def set_adapters(self, checkpoints: Mapping[str, Location]) -> None:
+        adapters, errors = {}, []
+        for name, checkpoint in checkpoints.items():
+            if name in self._adapters and self._adapters[name][0] == checkpoint:
+                adapters[name] = self._adapters[name]
+                continue
+            try:
+                adapters[name] = (checkpoint, self._load_adapter(name, checkpoint))
+            except MhmoeError as e:
+                errors.append(e)
+        with self._condition:
+            self._adapters = adapters
+        if errors:
+            raise errors[0]
+
+    def _adapter_of(self, request: Request) -> A | None:
+        """Return the adapter of a new request. Must be called with the lock held."""
+        if not request.adapter:
+            return None
+        if request.adapter not in self._adapters:
+            raise EngineError(f"adapter {request.adapter} has just been removed")
+        return self._adapters[request.adapter][1]
 
     def _end_tokens(self, request: Request) -> frozenset[int]:
         """Return the tokens that end the answer to a request. Needs no lock."""

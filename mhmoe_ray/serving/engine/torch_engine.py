@@ -5,17 +5,19 @@ Each round is one step of the model for all running requests. On a CPU an answer
 """
 
 import time
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from mhmoe_kernels import packed
-from mhmoe_ray.checkpoint.load import load_verified_model
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_kernels.packed import PackedMatrix, PaddedMatrix
+from mhmoe_ray.checkpoint.load import WeightsReader, load_verified_model
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import matrix_names
 from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
-from mhmoe_ray.serving.engine.packed_model import pack_model
+from mhmoe_ray.serving.engine.packed_model import PackedModel, ServedAdapter
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
 from mhmoe_ray.serving.engine.request import AnswerUpdate, EngineError, Request, ScoredToken, Stats
 from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
@@ -29,7 +31,7 @@ PREFILL_BUDGET = {"cpu": 256, "cuda": 2048}
 """Approximate number of prompt tokens in one step, by type of device."""
 
 
-class TorchEngine(ThreadedEngine[Sequence]):
+class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
     """An engine with a scheduler, a paged KV cache, and a sampler for each request."""
 
     def __init__(
@@ -39,8 +41,11 @@ class TorchEngine(ThreadedEngine[Sequence]):
         tokenizer_size: int,
         seq_len: int,
         spec: ServeSpec,
+        packed_model: PackedModel | None = None,
     ) -> None:
         """Start the engine and its thread, with a model that has all experts, in evaluation mode, on its device.
+
+        Adapters need its `packed_model`.
 
         The cache has the data type of the matrices, and fits `max_concurrency` requests of full length by default, and
         always one.
@@ -49,7 +54,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         threads before: libgomp then sees more threads than CPUs.
         """
         super().__init__(seq_len, stop_token_ids, spec)
-        self._model, self._tokenizer_size = model, tokenizer_size
+        self._model, self._tokenizer_size, self._packed_model = model, tokenizer_size, packed_model
         self._device = model.embedding.weight.device
         cached_tokens, full_blocks = spec.cache_tokens, count_blocks(seq_len)
         block_count = count_blocks(cached_tokens) if cached_tokens else spec.max_concurrency * full_blocks
@@ -68,7 +73,7 @@ class TorchEngine(ThreadedEngine[Sequence]):
         super()._run()
 
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> Sequence:
-        sequence = Sequence(request, max_new_tokens, deliver)
+        sequence = Sequence(request, max_new_tokens, deliver, self._adapter_of(request))
         end_tokens = sorted(self._end_tokens(request))
         self._samplers[sequence] = Sampler(request.sampling_params, request.prompt_ids, end_tokens)
         self._scheduler.add(sequence)
@@ -77,6 +82,12 @@ class TorchEngine(ThreadedEngine[Sequence]):
     def _remove_request(self, state: Sequence) -> None:
         self._scheduler.remove(state)
         del self._samplers[state]
+
+    def _load_adapter(self, name: str, checkpoint: Location) -> ServedAdapter:
+        manifest = read_manifest(checkpoint, ("weights",))
+        assert self._packed_model is not None, "serve.max_adapters is checked before"
+        digest = bytes.fromhex(manifest.weights_sha256)
+        return self._packed_model.pack_adapter(digest, WeightsReader(checkpoint).adapters())
 
     def _all_requests(self) -> list[Sequence]:
         return self._scheduler.all_sequences()
@@ -100,6 +111,8 @@ class TorchEngine(ThreadedEngine[Sequence]):
             while not self._is_closed:
                 self._end_abandoned_requests()
                 if chunks := self._scheduler.schedule():
+                    # The chunks of an adapter are neighbours, so that its products are computed once for all.
+                    chunks.sort(key=lambda chunk: chunk.sequence.root_hash)
                     for sequence in {chunk.sequence for chunk in chunks if not chunk.sequence.is_running}:
                         self._record_start(sequence, time.monotonic() - sequence.arrival_time, sequence.computed_tokens)
                     return chunks
@@ -148,6 +161,10 @@ class TorchEngine(ThreadedEngine[Sequence]):
         token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
         token_ids = [t for p in chunks for t in p.sequence.token_ids[p.start : p.start + p.length]]
         token_1T[0, : step.token_count] = torch.tensor(token_ids)
+        if self._packed_model is not None:
+            chunks_by_adapter = groupby(chunks, lambda chunk: chunk.sequence.adapter)
+            groups = [(adapter, sum(chunk.length for chunk in group)) for adapter, group in chunks_by_adapter]
+            self._packed_model.rows.set([*groups, (None, step.padded_count - step.token_count)])
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._spec.precision == "bfloat16"):
             output = self._model(token_1T.to(self._device), step)
         for count_E, routing in zip(self._count_LE, output.routing, strict=True):
@@ -228,23 +245,23 @@ def own_engine(
         # The conversion to bfloat16 comes before this, because the float32 model may not fit on the GPU.
         model.to("cuda")
     if model.embedding.weight.device.type == "cpu":
-        make_batch_invariant(model, _matrix_type(spec))
-    return TorchEngine(model, stop_token_ids, tokenizer_size, seq_len, spec)
+        packed_model = pack_model(model, _matrix_type(spec))
+    elif spec.max_adapters:
+        packed_model = PackedModel(model, PaddedMatrix)
+    else:
+        packed_model = None
+    return TorchEngine(model, stop_token_ids, tokenizer_size, seq_len, spec, packed_model)
 
 
 def _matrix_type(spec: ServeSpec) -> torch.dtype:
     return torch.bfloat16 if spec.precision == "bfloat16" else torch.float32
 
 
-def make_batch_invariant(model: Decoder, dtype: torch.dtype) -> None:
+def pack_model(model: Decoder, dtype: torch.dtype) -> PackedModel:
     """Replace a CPU model's matrix products, in place, by products that compute each row independently."""
     # Products with packed matrices are faster, but need instructions that not every CPU has. Products with padded
-    # inputs run on every CPU.
-    if packed.unavailable_reason(dtype) is None:
-        pack_model(model)
-    else:
-        for layer in model.moe_layers():
-            layer.experts.kernel = "padded"
+    # rows run on every CPU.
+    return PackedModel(model, PaddedMatrix if packed.unavailable_reason(dtype) else PackedMatrix)
 
 
 def convert_to_bfloat16(model: Decoder) -> None:

@@ -24,6 +24,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.errors import ServeError
 from mhmoe_ray.serving.engine.fair_queue import FairQueue
 from mhmoe_ray.serving.engine.request import (
     AnswerUpdate,
@@ -54,7 +55,7 @@ class _VllmRequest(RequestState):
     """Whether vLLM has finished and removed the request."""
 
 
-class VllmEngine(ThreadedEngine[_VllmRequest]):
+class VllmEngine(ThreadedEngine[_VllmRequest, None]):
     """An engine of a decoder that computes with vLLM."""
 
     def __init__(
@@ -154,6 +155,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest]):
         state = _VllmRequest(request, max_new_tokens, deliver)
         self._waiting_queue.add(request.client, state)
         return state
+
+    def _load_adapter(self, name: str, checkpoint: Location) -> None:
+        raise ServeError(f"adapter {name}", "engine vllm serves no adapters", "set serve.engine=torch")
 
     def _remove_request(self, state: _VllmRequest) -> None:
         if not self._running.pop(state.vllm_id, None):
