@@ -86,11 +86,13 @@ class ServeSpec(Section):
     """Upper bound of the number of new tokens (`max_tokens`) that a request may ask for. Prompt and answer together
     never exceed the sequence length of training."""
     max_concurrency: PositiveInt = 32
-    """Number of requests that one replica computes at the same time."""
+    """Number of requests that one replica computes at the same time. If one client's requests fill a replica, another
+    client can start its share of this number too."""
     max_waiting: PositiveInt = 128
     """Largest number of requests that wait in one replica; further requests are refused."""
     cache_tokens: PositiveInt | None = None
-    """Capacity of a replica's KV cache in tokens; by default none of `max_concurrency` requests waits for space."""
+    """Capacity of a replica's KV cache in tokens; by default none of `max_concurrency` requests waits for space.
+    There is room for one more request of full length, which is kept for clients without running requests."""
     request_timeout: PositiveFloat = 600.0
     """Timeout of a request in seconds, including the time that it waits. A replica that shuts down has the same time to
     finish its running requests."""

@@ -1,6 +1,6 @@
 """Command line of the project's own benchmarks. With --json, the table goes to stderr.
 
-python -m tests.benchmarks adapter|checkpoint|commands|ingest|store|dispatch [options]
+python -m tests.benchmarks adapter|checkpoint|commands|fairness|ingest|store|dispatch [options]
 """
 
 import os
@@ -101,6 +101,19 @@ def commands(
             spec_file = Path(folder) / "spec.yaml"
             spec_file.write_text(dump_spec(resolved))
         measure(resolved, spec_file, Path(folder) / "runs", lines, rounds).print(json)
+
+
+@app.command()
+def fairness(
+    engine: Annotated[str, typer.Option(help="Engine, torch or vllm.")] = "torch",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each with and without the other client.")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Time five short requests of a client, alone and while another client has 50 long ones in the same engine."""
+    from tests.benchmarks.fairness import measure
+
+    with tempfile.TemporaryDirectory(prefix="mhmoe-bench-") as folder:
+        measure(engine, rounds, Path(folder)).print(json)
 
 
 @app.command()

@@ -6,7 +6,7 @@ threaded.py       base class of engines of decoders, which deliver an answer in 
 round_engine.py   base class of engines of encoders and vision models, which give one answer to each input
 torch_engine.py   this project's own engine for decoders
 packed_model.py   the model of that engine with matrices packed for inference on a CPU
-fair_queue.py     the queue of waiting requests, in which clients take turns
+fair_queue.py     turns of clients by the tokens that they got, and the queue of waiting requests
 scheduler.py      continuous batching: chooses the tokens that the next step computes
 block_pool.py     KV-cache blocks: reference counts, a free list, and prefix caching by block hash
 paged_cache.py    the KV cache itself, and the decoder's view of it in one step

@@ -1,18 +1,59 @@
-"""The queue of waiting requests, in which clients take turns."""
+"""Turns of clients by tokens: the client that got the fewest tokens of prompts and answers is next."""
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class FairQueue(Generic[T]):
-    """Round-robin queue over clients; first come, first served within a client."""
+class TokenTurns:
+    """Number of tokens that each client got."""
 
-    def __init__(self) -> None:
-        self._queues: OrderedDict[str, deque[T]] = OrderedDict()
-        """Queue of each client with waiting items; the client at the front has the next turn."""
+    def __init__(self, slack: int = 0) -> None:
+        """Create turns in which a client may be `slack` tokens ahead of one that needs fewer tokens."""
+        self._slack, self._most_tokens = slack, 0
+        self._tokens: dict[str, int] = {}
+
+    def enter(self, client: str) -> None:
+        """Let a client without requests come back: it is at most `slack` tokens behind the client with most."""
+        self._tokens[client] = max(self._tokens.get(client, 0), self._most_tokens - self._slack)
+
+    def next_client(self, clients: Iterable[str]) -> str:
+        """Return the client that got the fewest tokens, the first of several."""
+        return min(clients, key=self._tokens.__getitem__)
+
+    def charge(self, client: str, tokens: int) -> None:
+        self._tokens[client] += tokens
+        self._most_tokens = max(self._most_tokens, self._tokens[client])
+
+    def share_step(self, clients: Iterable[str], take: Callable[[str], int]) -> None:
+        """Divide a step among clients that have entered.
+
+        `take` adds a client's next tokens to the step and returns their number, or 0 if it can add none. A client that
+        can add no more, although it got fewer tokens than others up to now, stops those that are too far ahead.
+        """
+        open_clients, start, limit = list(clients), dict(self._tokens), math.inf
+        while open_clients:
+            client = self.next_client(open_clients)
+            if self._tokens[client] >= limit:
+                return
+            if tokens := take(client):
+                self.charge(client, tokens)
+                continue
+            open_clients.remove(client)
+            if self._tokens[client] > start[client]:
+                limit = min(limit, self._tokens[client] + self._slack)
+
+
+class FairQueue(Generic[T]):
+    """Queue in which clients take turns by tokens; first come, first served within a client."""
+
+    def __init__(self, turns: TokenTurns | None = None) -> None:
+        self.turns = turns or TokenTurns()
+        self._queues: dict[str, deque[T]] = {}
+        """Queue of each client with waiting items; of clients with equally many tokens, the first is next."""
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -20,17 +61,25 @@ class FairQueue(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         return (item for queue in self._queues.values() for item in queue)
 
+    @property
+    def clients(self) -> list[str]:
+        """Clients with waiting items."""
+        return list(self._queues)
+
     def add(self, client: str, item: T) -> None:
         """Add an item behind the other items of its client."""
+        if client not in self._queues:
+            self.turns.enter(client)
         self._queues.setdefault(client, deque()).append(item)
 
-    def peek(self) -> T | None:
-        """Return the next item without removing it; None if the queue is empty."""
-        return next(iter(self._queues.values()))[0] if self._queues else None
+    def peek(self, client: str) -> T | None:
+        """Return the first item of a client without removing it; None if it has none."""
+        return self._queues[client][0] if client in self._queues else None
 
-    def pop(self) -> T:
-        """Remove and return the next item of a queue that is not empty; its client then goes behind all others."""
-        client, queue = self._queues.popitem(last=False)
+    def pop(self, client: str | None = None) -> T:
+        """Remove and return the first item of a client, by default of the next one; there must be an item."""
+        client = self.turns.next_client(self._queues) if client is None else client
+        queue = self._queues.pop(client)
         item = queue.popleft()
         if queue:
             self._queues[client] = queue
@@ -44,3 +93,8 @@ class FairQueue(Generic[T]):
         queue.remove(item)
         if not queue:
             del self._queues[client]
+
+
+def slots_of_client(max_running: int, clients: int) -> int:
+    """Return the number of requests that a client may run although others already run `max_running`."""
+    return max(1, max_running // clients)

@@ -82,7 +82,7 @@ class Request:
     """Sampling parameters of the answer; with 0 as `max_tokens`, the engine only scores the prompt."""
     prompt_logprobs: bool = False
     client: str = ""
-    """Client's name; waiting clients take turns."""
+    """Client's name; clients take turns by tokens."""
     adapter: str = ""
     """Name of the adapter that answers; empty for the model alone."""
 

@@ -18,7 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
-from mhmoe_ray.serving.engine.fair_queue import FairQueue
+from mhmoe_ray.serving.engine.fair_queue import FairQueue, TokenTurns
 from mhmoe_ray.serving.engine.request import BusyError, EngineError, Stats
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 
@@ -84,6 +84,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
         self._spec, self._device = spec, device
         self._queues: dict[Hashable, FairQueue[ClientRequest[Input, Output]]] = {}
         """Queues of requests with waiting inputs, by key; the first key with a request is computed next."""
+        self._turns = TokenTurns()
         self._requests = set[ClientRequest[Input, Output]]()
         """All requests in the engine, also those whose images are being decoded."""
         self._running: list[InputState[Input, Output]] = []
@@ -179,7 +180,7 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
 
     def _queue_of(self, request: ClientRequest[Input, Output]) -> FairQueue[ClientRequest[Input, Output]]:
         """Return the queue of a request with waiting inputs. Must be called with the lock held."""
-        return self._queues.setdefault(self._round_key(request.waiting_inputs[0].value), FairQueue())
+        return self._queues.setdefault(self._round_key(request.waiting_inputs[0].value), FairQueue(self._turns))
 
     def _next_states(self) -> list[InputState[Input, Output]]:
         """Wait for the inputs of the next round; return none once the engine is closed."""
@@ -195,7 +196,10 @@ class RoundEngine(BackgroundEngine, Generic[Input, Output]):
             self._running = []
             while len(queue) and len(self._running) < self._spec.max_concurrency:
                 request = queue.pop()
-                self._running.append(request.waiting_inputs.popleft())
+                state = request.waiting_inputs.popleft()
+                # A later round of the same input adds one token to its answer.
+                self._turns.charge(request.client, 1 if state.is_started else self._count_input_tokens(state.value))
+                self._running.append(state)
                 if request.waiting_inputs:
                     queue.add(request.client, request)
             for state in self._running:

@@ -5,15 +5,16 @@ Each step computes one token of every running answer (decode) and, within its bu
 only whole chunks of earlier prompts: the tokens that a request's attention computes together then depend on no other
 request.
 
-A request is admitted when the cache has room for its longest possible answer, so no request is ever preempted. Waiting
-clients take turns.
+A request is admitted when the cache has room for its longest possible answer, so no request is ever preempted. Clients
+take turns by tokens: while one needs few tokens, requests of others pause, and keep their blocks.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from mhmoe_ray.serving.engine.block_pool import BLOCK_SIZE, BlockPool, count_blocks, next_block_hash
-from mhmoe_ray.serving.engine.fair_queue import FairQueue
+from mhmoe_ray.serving.engine.fair_queue import FairQueue, TokenTurns, slots_of_client
 from mhmoe_ray.serving.engine.packed_model import ServedAdapter
 from mhmoe_ray.serving.engine.request import Request, ScoredToken
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
@@ -74,12 +75,17 @@ class TokenChunk(NamedTuple):
 class Scheduler:
     """Scheduler of the sequences of one engine; only one thread may use it at a time."""
 
-    def __init__(self, pool: BlockPool, max_running: int, prefill_budget: int) -> None:
-        """Create a scheduler; `prefill_budget` is in prompt tokens per step, besides one token per answer."""
+    def __init__(self, pool: BlockPool, max_running: int, prefill_budget: int, seq_len: int) -> None:
+        """Create a scheduler; `prefill_budget` is in prompt tokens per step, besides one token per answer.
+
+        A client that already runs requests leaves the blocks of one request of `seq_len` tokens to others.
+        """
         assert prefill_budget >= PREFILL_CHUNK
         self.pool, self._max_running, self._prefill_budget = pool, max_running, prefill_budget
+        self._spare_blocks = min(count_blocks(seq_len), pool.size - count_blocks(seq_len))
         self.running: list[Sequence] = []
-        self._waiting_queue = FairQueue[Sequence]()
+        # With the chunk by which a client may pass the limit, it is at most one request ahead.
+        self._waiting_queue = FairQueue[Sequence](TokenTurns(max(0, seq_len - PREFILL_CHUNK)))
 
     @property
     def waiting_count(self) -> int:
@@ -106,16 +112,42 @@ class Scheduler:
         """Admit waiting requests that fit in the KV cache, and return the chunks of the next step."""
         # Requests that are generating answers come first and do not count against the budget, so new prompts never
         # stall them.
-        chunks = [TokenChunk(s, s.computed_tokens, 1) for s in self.running if s.answer_tokens]
-        remaining_budget = self._prefill_budget
-        for sequence in [s for s in self.running if not s.answer_tokens]:
-            remaining_budget = self._add_prefill_chunks(chunks, sequence, remaining_budget)
-        while (
-            remaining_budget >= PREFILL_CHUNK
-            and len(self.running) < self._max_running
-            and (admitted_sequence := self._admit_next())
-        ):
-            remaining_budget = self._add_prefill_chunks(chunks, admitted_sequence, remaining_budget)
+        pending: defaultdict[str, deque[TokenChunk]] = defaultdict(deque)
+        for sequence in sorted(self.running, key=lambda s: not s.answer_tokens):
+            pending[sequence.request.client].extend(_next_chunks(sequence))
+        clients = dict.fromkeys([*pending, *self._waiting_queue.clients])
+        chunks: list[TokenChunk] = []
+        sequences = set[Sequence]()
+        remaining_budget, admits, admits_running = self._prefill_budget, True, True
+
+        def take(client: str) -> int:
+            nonlocal remaining_budget, admits, admits_running
+            queue = pending[client]
+            has_budget = remaining_budget >= PREFILL_CHUNK
+            if not queue and self._waiting_queue.peek(client) and has_budget and len(sequences) < self._max_running:
+                running_count = sum(s.request.client == client for s in self.running)
+                is_full = len(self.running) >= self._max_running
+                if is_full and running_count >= slots_of_client(self._max_running, len(clients)):
+                    return 0
+                if not admits or (running_count and not admits_running):
+                    return 0
+                # If a request does not fit, no smaller one is admitted in its place. Otherwise a large request could
+                # wait without end. The spare blocks remain for clients without running requests.
+                if not (sequence := self._admit(client, self._spare_blocks if running_count else 0)):
+                    admits, admits_running = admits and running_count > 0, False
+                    return 0
+                queue.extend(_next_chunks(sequence))
+            if not queue or (len(sequences) == self._max_running and queue[0].sequence not in sequences):
+                return 0
+            if not queue[0].sequence.answer_tokens:
+                if not has_budget:
+                    return 0
+                remaining_budget -= queue[0].length
+            chunks.append(queue.popleft())
+            sequences.add(chunks[-1].sequence)
+            return chunks[-1].length
+
+        self._waiting_queue.turns.share_step(clients, take)
         return chunks
 
     def record_computed(self, chunk: TokenChunk) -> None:
@@ -124,22 +156,10 @@ class Scheduler:
         for block_hash, block_id in chunk.sequence.new_block_hashes():
             self.pool.cache_block(block_hash, block_id)
 
-    def _add_prefill_chunks(self, chunks: list[TokenChunk], sequence: Sequence, remaining_budget: int) -> int:
-        """Add the sequence's next prefill chunks to `chunks`, and return the rest of the budget."""
-        start = sequence.computed_tokens
-        while start < len(sequence.token_ids) and remaining_budget >= PREFILL_CHUNK:
-            length = min(PREFILL_CHUNK, len(sequence.token_ids) - start)
-            chunks.append(TokenChunk(sequence, start, length))
-            start, remaining_budget = start + length, remaining_budget - length
-        return remaining_budget
-
-    def _admit_next(self) -> Sequence | None:
-        """Admit the next waiting request, if there is one and the cache has room for it, and reuse cached blocks."""
-        # If the next request does not fit, no smaller one is admitted in its place. Otherwise a large request could
-        # wait without end.
-        sequence = self._waiting_queue.peek()
-        if sequence is None:
-            return None
+    def _admit(self, client: str, spare_blocks: int) -> Sequence | None:
+        """Admit a client's next request if the cache has room for it and spare blocks, and reuse cached blocks."""
+        sequence = self._waiting_queue.peek(client)
+        assert sequence is not None
         matching_blocks: list[int] = []
         # A request that asks for scores of its prompt reuses no blocks, because the scores need the logits of all
         # tokens of the prompt, which only computing these tokens gives.
@@ -152,11 +172,17 @@ class Scheduler:
         block_count = count_blocks(len(sequence.token_ids) + sequence.max_new_tokens) - len(matching_blocks)
         # The references are taken before the allocation, which could otherwise evict matching blocks that are free.
         self.pool.add_reference(matching_blocks)
-        if block_count > self.pool.free_count:
+        if block_count + spare_blocks > self.pool.free_count:
             self.pool.release(matching_blocks)
             return None
-        self._waiting_queue.pop()
+        self._waiting_queue.pop(client)
         sequence.block_ids = [*matching_blocks, *self.pool.allocate(block_count)]
         sequence.computed_tokens = len(matching_blocks) * BLOCK_SIZE
         self.running.append(sequence)
         return sequence
+
+
+def _next_chunks(sequence: Sequence) -> Iterator[TokenChunk]:
+    """Yield the token of an answer that is next, or all further chunks of a prompt."""
+    for start in range(sequence.computed_tokens, len(sequence.token_ids), PREFILL_CHUNK):
+        yield TokenChunk(sequence, start, min(PREFILL_CHUNK, len(sequence.token_ids) - start))

@@ -59,9 +59,10 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
         cached_tokens, full_blocks = spec.cache_tokens, count_blocks(seq_len)
         block_count = count_blocks(cached_tokens) if cached_tokens else spec.max_concurrency * full_blocks
         # A single request of full length must fit, or it would wait without end.
-        self._pool = BlockPool(max(block_count, full_blocks))
+        # Another one is for clients without running requests (`Scheduler`).
+        self._pool = BlockPool(max(block_count, full_blocks) + full_blocks)
         self._cache = PagedCache(model.spec, self._pool.size, _matrix_type(spec), self._device)
-        self._scheduler = Scheduler(self._pool, spec.max_concurrency, PREFILL_BUDGET[self._device.type])
+        self._scheduler = Scheduler(self._pool, spec.max_concurrency, PREFILL_BUDGET[self._device.type], seq_len)
         self._samplers: dict[Sequence, Sampler] = {}
         moe = model.spec.moe
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)

@@ -2,11 +2,12 @@
 
 vLLM's own loop runs in the engine's thread. On a CPU vLLM's core is in this process, which saves each step a round
 trip; with GPUs it is in another process, so that it does not share Python's lock with the HTTP server. Requests wait in
-this engine's queue, where clients take turns, and not in vLLM.
+this engine's queue, where clients take turns, and in vLLM only if they may run (`scheduler.py`).
 """
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serving.engine.fair_queue import FairQueue
+from mhmoe_ray.serving.engine.fair_queue import FairQueue, slots_of_client
 from mhmoe_ray.serving.engine.request import (
     AnswerUpdate,
     EngineError,
@@ -37,6 +38,7 @@ from mhmoe_ray.serving.engine.request import (
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, engine_options, write_folder
+from mhmoe_ray.serving.vllm.scheduler import PAUSED_FACTOR, SCHEDULERS
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -122,11 +124,12 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
                 dtype=spec.precision,
                 # A prompt of full length can only be scored, but vLLM needs room for a token after it.
                 max_model_len=self.seq_len + 1,
-                max_num_seqs=spec.max_concurrency,
+                max_num_seqs=PAUSED_FACTOR * spec.max_concurrency,
                 max_logprobs=-1,
-                # Each request needs one more block (128 tokens on a CPU), because its last block is not full.
+                # Each request needs one more block (128 tokens on a CPU), because its last block is not full. Another
+                # request of full length is for clients that come while one client's requests fill the cache.
                 kv_cache_memory_bytes=token_bytes
-                * (max(cache_tokens, self.seq_len) + 128 * (spec.max_concurrency + 1)),
+                * (max(cache_tokens, self.seq_len) + self.seq_len + 128 * (PAUSED_FACTOR * spec.max_concurrency + 1)),
                 enable_prefix_caching=True,
                 tensor_parallel_size=ranks,
                 enable_expert_parallel=spec.expert_parallel,
@@ -135,6 +138,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
                 worker_extension_cls="mhmoe_ray.serving.vllm.loader.WorkerExtension",
                 **engine_options(model, self._on_cpu, ranks, {field.name for field in fields(EngineArgs)}),
             ).create_engine_config()
+            config.scheduler_config.scheduler_cls = SCHEDULERS[config.scheduler_config.get_scheduler_cls()]
             engine = LLMEngine(
                 config,
                 Executor.get_class(config),
@@ -182,8 +186,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
     def _run_round(self) -> bool:
         with self._condition:
             self._end_abandoned_requests()
-            while len(self._waiting_queue) and len(self._running) < self._spec.max_concurrency:
-                self._start_request(self._waiting_queue.pop())
+            self._start_requests()
             if self._is_closed:
                 return False
             # How often each expert was chosen is read before the thread waits for requests, so that the counts are
@@ -205,6 +208,22 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
     def _read_expert_counts(self) -> None:
         """Read from vLLM's first worker how many routes each expert of each layer got."""
         self._count_LE = self._vllm.collective_rpc("mhmoe_counts")[0]
+
+    def _start_requests(self) -> None:
+        """Pass waiting requests to vLLM: as many as it computes at a time, or each client's share of these."""
+        limit, running_counts = self._spec.max_concurrency, Counter(s.request.client for s in self._running.values())
+        client_count = len(running_counts.keys() | self._waiting_queue.clients)
+        startable = set(self._waiting_queue.clients)
+        while startable and len(self._running) < PAUSED_FACTOR * limit:
+            client = self._waiting_queue.turns.next_client(startable)
+            if len(self._running) >= limit and running_counts[client] >= slots_of_client(limit, client_count):
+                startable.remove(client)
+                continue
+            state = self._waiting_queue.pop(client)
+            running_counts[client] += 1
+            self._waiting_queue.turns.charge(client, len(state.request.prompt_ids))
+            self._start_request(state)
+            startable &= set(self._waiting_queue.clients)
 
     def _start_request(self, state: _VllmRequest) -> None:
         """Pass a request to vLLM; if vLLM refuses it, fail this request alone."""
@@ -235,6 +254,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         # vLLM computes at least one token, but a request that only scores its prompt gets none.
         tokens = tokens[: state.max_new_tokens - state.answer_tokens]
         state.answer_tokens += len(tokens)
+        self._waiting_queue.turns.charge(state.request.client, len(tokens))
         for _ in tokens:
             self._record_token(state)
         finish_reason: FinishReason | None = None
@@ -285,6 +305,7 @@ def _vllm_params(request: Request, max_new_tokens: int, end_tokens: frozenset[in
         stop_token_ids=sorted(end_tokens),
         ignore_eos=True,
         detokenize=False,
+        extra_args={"client": request.client},
         output_kind=RequestOutputKind.DELTA,
     )
 

@@ -55,7 +55,7 @@ def test_mixed_requests_are_answered_together(engine):
     for request, answer in zip(requests, answer_all(engine, requests), strict=True):
         assert answer.finish_reason == "stop" or len(answer.tokens) == request.sampling_params.max_tokens
         assert all(scored.token < TOKENIZER_SIZE for scored in answer.tokens)
-        if request.logprobs is None:
+        if request.sampling_params.logprobs is None:
             assert answer.prompt_scores == []
             continue
         for scored in answer.tokens:

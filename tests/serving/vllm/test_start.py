@@ -68,7 +68,8 @@ def test_clients_take_turns_and_the_queue_is_limited(checkpoint):
 
     with serve_with_vllm(checkpoint, max_concurrency=1, max_waiting=4) as answerer:
         asyncio.run(send_requests(answerer.engine))
-    assert finished_clients == ["first", "many", "few", "many", "many"]
+    assert "few" in finished_clients[:2]
+    assert finished_clients[-1] == "first", "the long request pauses meanwhile"
 
 
 def test_idle_engine_has_no_expert_counts(checkpoint):
