@@ -2,11 +2,13 @@
 
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel
 from tokenizers import Tokenizer
 
+from mhmoe_ray.checkpoint.manifest import step_and_group
 from mhmoe_ray.data.chat.process import ChatTemplateError
 from mhmoe_ray.data.chat.template import EXCHANGES, SPELLING_MARK, ChatTemplate
 from mhmoe_ray.data.tokenizer import boundaries, boundary_texts, chat_texts, token_count
@@ -83,6 +85,8 @@ class ModelDetails(BaseModel):
 
     checkpoint: str
     """Id of the run and name of its checkpoint, separated by a slash."""
+    digest: str
+    """Hash of the weights' files (`CheckpointManifest.weights_sha256`); empty for a model in memory."""
     parameters: int
     active_parameters: int
     """Largest number of parameters that one token uses."""
@@ -94,10 +98,11 @@ class ModelDetails(BaseModel):
     """Number of sub-tokens per token; 1 for a plain mixture of experts."""
 
     @classmethod
-    def from_spec(cls, checkpoint: str, model: ModelSpec) -> Self:
+    def from_spec(cls, checkpoint: str, model: ModelSpec, digest: str = "") -> Self:
         model_sizes, moe = compute_sizes(model), model.moe
         return cls(
             checkpoint=checkpoint,
+            digest=digest,
             parameters=model_sizes.parameters,
             active_parameters=model_sizes.active_parameters,
             layers=model.layers,
@@ -105,6 +110,13 @@ class ModelDetails(BaseModel):
             top_k=moe.top_k if moe else 0,
             heads=moe.heads if moe else 1,
         )
+
+    @property
+    def weights_headers(self) -> dict[str, str]:
+        """Headers by which every response names its weights."""
+        checkpoint = Path(self.checkpoint)
+        step, _ = step_and_group(checkpoint)
+        return {"x-mhmoe-run": str(checkpoint.parent), "x-mhmoe-step": str(step), "x-mhmoe-digest": self.digest}
 
 
 def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> None:

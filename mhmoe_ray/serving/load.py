@@ -116,7 +116,7 @@ def load_answerer(checkpoint: Location, spec: ServeSpec, manifest: CheckpointMan
     tokenizer = load_run_tokenizer(checkpoint, manifest)
     run = RunDir.of_checkpoint(checkpoint)
     template = load_chat_template(run, tokenizer)
-    details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
+    details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model, manifest.weights_sha256)
     engine = load_engine(checkpoint, manifest, tokenizer, spec)
     return Answerer(engine, tokenizer, template, details, manifest.adds_start)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import mhmoe_ray
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.data.chat.template import ChatTemplate
 from mhmoe_ray.serving.answer import Answerer, ScoredText
 from mhmoe_ray.serving.api.app import create_app
@@ -214,6 +215,19 @@ def test_prompts_and_choices_are_answered_in_order(app):
     choices = completion(app, temperature=1.5, seed=3, n=4)["choices"]
     assert len({c["text"] for c in choices}) == 4
     assert choices == completion(app, temperature=1.5, seed=3, n=4)["choices"]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_responses_and_the_last_event_name_the_weights(app, checkpoint, usage):
+    body = {"prompt": "the", "max_tokens": 3, "stream": True, "stream_options": {"include_usage": usage}, "n": 2}
+    response = call(app, "POST", "/v1/completions", json=body)
+    names = {"x-mhmoe-run": checkpoint.parents[1].name, "x-mhmoe-step": "1"}
+    names["x-mhmoe-digest"] = read_manifest(checkpoint).weights_sha256
+    assert names.items() <= dict(response.headers).items()
+    *chunks, last_chunk = [json.loads(line[6:]) for line in response.text.split("\n\n")[:-2]]
+    assert {name: last_chunk.get(name) for name in names} == names
+    assert not any(names.keys() & chunk.keys() for chunk in chunks)
+    assert names.items() <= dict(call(app, "POST", "/v1/completions", json={}).headers).items()
 
 
 def test_prompt_of_token_ids_is_used_unchanged(app, answerer):

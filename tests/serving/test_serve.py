@@ -1,11 +1,14 @@
 """Tests of the application on a real Ray Serve, deployed by the configuration that the command line sends."""
 
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
@@ -18,12 +21,13 @@ import ray
 from mhmoe_ray.serving.api.access import BODY_SECONDS
 from mhmoe_ray.serving.config import DEPLOYMENT, application_config
 from mhmoe_ray.serving.engine import SamplingParams
+from mhmoe_ray.serving.load import load_answerer
 from mhmoe_ray.spec import KeySpec, ServeSpec
 from mhmoe_ray.spec.cluster import WorkerRange
 
 from .adapters import save_adapter
 from .asking import answer_pieces
-from .conftest import SEQ_LEN
+from .conftest import SEQ_LEN, build_model, save_checkpoint
 from .deployed import application_details, deploy, running_replicas, start_ray_serve, wait_for_status
 
 pytestmark = pytest.mark.ray
@@ -183,6 +187,44 @@ def test_update_completes_all_requests(client, checkpoint, expert_parallel_check
     assert {response.status_code for response in answers} == {200}
     assert all(response.json()["choices"] == expected for response in answers)
     assert len(replicas) == 1
+
+
+@pytest.mark.slow
+def test_update_under_load_loses_no_request_and_answers_name_their_weights(client, checkpoint, run_dir):
+    """All of 2,000 requests during updates are answered; 200 answers equal those of the checkpoints that they name."""
+    other_model = build_model()
+    for p in other_model.blocks.parameters():
+        p.mul_(1.1)
+    checkpoints = {40: save_checkpoint(run_dir, 40, other_model), 1: checkpoint}
+    spec = SPEC.model_copy(update={"max_tokens": 12})
+    deploy([application_config("tiny", checkpoint, spec, "tiny-abc123")])
+    wait_for_status("tiny", "RUNNING")
+    numbers = itertools.count()
+
+    def ask():
+        body = {"prompt": [1 + (number := next(numbers)) % 200, 5], "temperature": 0, "max_tokens": 12}
+        return number, client.post("/v1/completions", json=body)
+
+    with run_clients(ask) as answers:
+        # The first update comes at once, and later ones as long as there are too few answers.
+        for updated_checkpoint in itertools.cycle(checkpoints.values()):
+            deploy([application_config("tiny", updated_checkpoint, spec, "tiny-abc123")])
+            wait_for_status("tiny", "RUNNING")
+            if len(answers) >= 2000:
+                break
+    assert {response.status_code for _, response in answers} == {200}
+    steps = Counter(int(response.headers["x-mhmoe-step"]) for _, response in answers)
+    assert min(steps[step] for step in checkpoints) > 100
+    served = {step: load_answerer(path, ServeSpec()) for step, path in checkpoints.items()}
+    try:
+        for number, response in random.Random(1).sample(answers, 200):
+            answerer = served[int(response.headers["x-mhmoe-step"])]
+            assert response.headers["x-mhmoe-digest"] == answerer.details.digest
+            pieces = answer_pieces(answerer, (1 + number % 200, 5), SamplingParams(max_tokens=12, temperature=0))
+            assert response.json()["choices"][0]["text"] == "".join(piece.text for piece in pieces)
+    finally:
+        for answerer in served.values():
+            answerer.engine.close()
 
 
 def test_stats_list_each_replica(client, checkpoint):

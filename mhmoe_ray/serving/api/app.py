@@ -3,12 +3,14 @@
 Ray Serve runs it; nothing here depends on Ray.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mhmoe_ray import __version__
 from mhmoe_ray.serving.answer import ServedModel, ServedText
@@ -40,6 +42,22 @@ from mhmoe_ray.serving.engine import EngineError
 from mhmoe_ray.serving.family import serving_of
 from mhmoe_ray.spec import ServeSpec
 
+
+class WeightsHeaders:
+    """Middleware that names the served weights in the headers of every response."""
+
+    def __init__(self, app: ASGIApp, headers: Mapping[str, str]) -> None:
+        self._app, self._headers = app, headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._headers)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
 StatsCollector = Callable[[], Awaitable[list[dict[str, Any]]]]
 
 
@@ -62,10 +80,18 @@ def create_app(
     max_bytes = spec.max_body_bytes or (IMAGE_BODY_BYTES if serving.reads_images else TEXT_BODY_BYTES)
     max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
     app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
+    weights_headers = answerer.details.weights_headers
+    app.add_middleware(WeightsHeaders, headers=weights_headers)
     # The middleware that is added last is the outermost: it answers preflight requests, which have no key, and lets web
     # pages read the refusals of the other.
     if spec.cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=spec.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=spec.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=list(weights_headers),
+        )
     service, routers = serving.routers(answerer, model, spec, access)
     for router in routers:
         app.include_router(router, responses=RESPONSES)

@@ -165,4 +165,5 @@ class CompletionService(TextService[Answerer]):
         answers = [
             self.answerer.answer(engine_request, echo, added_tokens) for engine_request, added_tokens in engine_requests
         ]
-        return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pacer)
+        headers = self.answerer.details.weights_headers
+        return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pacer, headers)

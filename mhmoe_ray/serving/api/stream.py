@@ -1,8 +1,10 @@
 """Streams of answers: pieces of all answers to a request are merged, counted, and sent as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from types import MappingProxyType
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -17,6 +19,7 @@ from mhmoe_ray.serving.engine import BusyError, EngineError
 Pieces = AsyncGenerator[tuple[int, AnswerPiece]]
 """Pieces of the answers to a request, each with the index of its answer (OpenAI's choice)."""
 
+EMPTY: Mapping[str, str] = MappingProxyType({})
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 RESPONSE_DESCRIPTION = {
     "description": "The answer; with `stream`, events with chunks of it as `data`, and a last event [DONE].",
@@ -65,8 +68,13 @@ class Answers:
         client: Client,
         timeout: float,
         pacer: StreamPacer,
+        last_fields: Mapping[str, str] = EMPTY,
     ) -> None:
-        """Take over the answers, which start when they are iterated, and fail after `timeout` seconds."""
+        """Take over the answers, which start when they are iterated, and fail after `timeout` seconds.
+
+        The last chunk of a stream has `last_fields` too.
+        """
+        self._last_fields = last_fields
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
         self._timeout, self._pacer = timeout, pacer
         self._tokens = [0] * len(answers)
@@ -129,6 +137,7 @@ class Answers:
         due_times = [0.0] * len(pending_pieces)
         """Earliest time of each choice's next chunk, by the event loop's clock."""
         streams = [object() for _ in pending_pieces]
+        unfinished = set(range(len(pending_pieces)))
 
         def chunk_events(number: int, piece: AnswerPiece) -> Iterator[str]:
             pending_pieces[number].append(piece)
@@ -138,7 +147,10 @@ class Answers:
             joined_piece = join_pieces(pending_pieces[number])
             if joined_piece.text or joined_piece.scores or joined_piece.finish_reason:
                 pending_pieces[number], due_times[number] = [], clock() + self._pacer.interval
-                yield _format_event(build_chunk(number, joined_piece))
+                if piece.finish_reason:
+                    unfinished.discard(number)
+                is_last = not unfinished and build_usage_chunk is None
+                yield _format_event(build_chunk(number, joined_piece), self._last_fields if is_last else EMPTY)
 
         error: Exception | None = None
         try:
@@ -167,7 +179,7 @@ class Answers:
             yield _format_event(error_body(error))
             return
         if build_usage_chunk:
-            yield _format_event(build_usage_chunk())
+            yield _format_event(build_usage_chunk(), self._last_fields)
         yield "data: [DONE]\n\n"
 
 
@@ -189,8 +201,9 @@ class EventResponse(StreamingResponse):
             await self._events.aclose()
 
 
-def _format_event(body: BaseModel) -> str:
-    return f"data: {body.model_dump_json()}\n\n"
+def _format_event(body: BaseModel, fields: Mapping[str, str] = EMPTY) -> str:
+    text = json.dumps({**body.model_dump(), **fields}) if fields else body.model_dump_json()
+    return f"data: {text}\n\n"
 
 
 def timeout_error(timeout: float) -> RequestError:

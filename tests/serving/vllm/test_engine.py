@@ -60,7 +60,7 @@ def test_mixed_requests_are_answered_together(engine):
             continue
         for scored in answer.tokens:
             best = [logprob for _, logprob in scored.alternatives]
-            assert len(best) == request.logprobs
+            assert len(best) == request.sampling_params.logprobs
             assert best == sorted(best, reverse=True)
             assert scored.logprob <= max([0.0, *best]) + 1e-6
         assert len(answer.prompt_scores) == (len(request.prompt_ids) if request.prompt_logprobs else 0)

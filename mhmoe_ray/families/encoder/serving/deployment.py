@@ -57,7 +57,7 @@ class EncoderServing(FamilyServing):
         model = load_for_inference(Encoder(manifest.model), checkpoint)
         if spec.gpus_per_replica:
             model.to("cuda")
-        details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
+        details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model, manifest.weights_sha256)
         names = held_out_names(run, manifest, tokenizer)
         engine = EncoderEngine(model, manifest.seq_len, boundaries(tokenizer).start, spec)
         return EncoderAnswerer(engine, tokenizer, details, encoder, writes_captions=_writes_captions(run), names=names)

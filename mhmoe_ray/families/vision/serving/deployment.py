@@ -44,7 +44,7 @@ class VisionServing(FamilyServing):
         model = load_verified_vision(checkpoint, manifest)
         if spec.gpus_per_replica:
             model.to("cuda")
-        details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model)
+        details = ModelDetails.from_spec(f"{run.id}/{checkpoint.name}", manifest.model, manifest.weights_sha256)
         return VisionAnswerer(VisionEngine(model, spec), details, vision, class_names)
 
     def routers(
