@@ -5,7 +5,6 @@ from os import PathLike
 
 from mhmoe_ray.api.checkpoints import path_text, pick_checkpoint
 from mhmoe_ray.checkpoint.find import split_step
-from mhmoe_ray.checkpoint.load import equal_weights
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest, stored_manifest
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir, find_run
@@ -33,6 +32,9 @@ def _find_adapter(name: str, target: str, base: Location, storage: Location) -> 
     else:
         run_name, step = split_step(target)
         checkpoint, manifest = pick_checkpoint(find_run(run_name, storage), step, verify_hashes=False)
+    # This import loads torch, which few commands need.
+    from mhmoe_ray.checkpoint.load import equal_weights
+
     subject, base_manifest = f"adapter {name}", stored_manifest(base)
     if manifest.adapter is None:
         reason = f"{target} has all weights of a model, and no adapter of another"

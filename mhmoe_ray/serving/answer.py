@@ -1,6 +1,6 @@
 """Text in, text out: encode prompts for an engine, decode its answers as they arrive, and apply stop strings."""
 
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -17,7 +17,7 @@ from mhmoe_ray.families import ModelKind
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
-from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, TextEngine
+from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, ServedWeights, TextEngine
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec
 
@@ -112,11 +112,10 @@ class ModelDetails(BaseModel):
         )
 
     @property
-    def weights_headers(self) -> dict[str, str]:
-        """Headers by which every response names its weights."""
+    def weights(self) -> ServedWeights:
         checkpoint = Path(self.checkpoint)
         step, _ = step_and_group(checkpoint)
-        return {"x-mhmoe-run": str(checkpoint.parent), "x-mhmoe-step": str(step), "x-mhmoe-digest": self.digest}
+        return ServedWeights(str(checkpoint.parent), step, self.digest)
 
 
 def check_length(prompt_ids: Sequence[int], has_answer: bool, seq_len: int) -> None:
@@ -178,9 +177,9 @@ class ServedModel:
         self.engine, self.details = engine, details
 
     @property
-    def adapters(self) -> Collection[str]:
-        """Names of the adapters of the model that requests may name in its place."""
-        return ()
+    def adapters(self) -> Mapping[str, ServedWeights]:
+        """Adapters of the model, by the names that requests may give in its place."""
+        return {}
 
 
 class ServedText(ServedModel, PromptEncoder):
@@ -219,7 +218,7 @@ class Answerer(ServedText):
         self._token_bytes = TokenBytes(tokenizer, self.decode)
 
     @property
-    def adapters(self) -> Collection[str]:
+    def adapters(self) -> Mapping[str, ServedWeights]:
         return self.engine.adapters
 
     def check_length(self, prompt_ids: Sequence[int], has_answer: bool) -> None:

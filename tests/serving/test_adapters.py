@@ -154,8 +154,14 @@ def test_requests_name_an_adapter_as_their_model(answerer, adapters, tokenizer):
         texts = set()
         for model in ("tiny", "ann", "bob"):
             body = {"prompt": "the quick", "temperature": 0, "max_tokens": 12, "model": model}
-            answer = call(app, "POST", "/v1/completions", json=body).json()
+            response = call(app, "POST", "/v1/completions", json=body)
+            answer = response.json()
             assert answer["model"] == model
+            weights = engine.adapters[model] if model in adapters else answerer.details.weights
+            assert weights.headers.items() <= dict(response.headers).items()
+            streamed = call(app, "POST", "/v1/completions", json={**body, "stream": True})
+            assert weights.headers.items() <= dict(streamed.headers).items()
+            assert weights.digest in streamed.text
             texts.add(answer["choices"][0]["text"])
         assert len(texts) == 3
         refusal = call(app, "POST", "/v1/completions", json={"prompt": "the quick", "model": "eve"})

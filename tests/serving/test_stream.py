@@ -8,9 +8,12 @@ from pydantic import BaseModel
 from mhmoe_ray.serving.answer import AnswerPiece
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.stream import CHUNK_SECONDS, MAX_DELAY_SECONDS, Answers, StreamPacer
+from mhmoe_ray.serving.engine import ServedWeights
 
 TOKEN_SECONDS = 0.01
 TOKENS = 101
+
+WEIGHTS = ServedWeights("run-abc123", 1, "")
 
 
 class Chunk(BaseModel):
@@ -39,7 +42,9 @@ def stream_chunks(pacer: StreamPacer, choices: int = 1, short_choices: int = 0) 
                 for _ in range(5):  # let the stream take the piece before time goes on
                     await asyncio.sleep(0)
 
-        answers = Answers([answer(choice) for choice in range(choices)], 1, Client(""), timeout=600.0, pacer=pacer)
+        answers = Answers(
+            [answer(choice) for choice in range(choices)], 1, Client(""), timeout=600.0, pacer=pacer, weights=WEIGHTS
+        )
         events = await answers.events(lambda _, piece: Chunk(text=piece.text, time=clock_time[0]), None)
         event_bodies = [event.removeprefix("data: ").strip() async for event in events]
         assert event_bodies[-1] == "[DONE]"
@@ -106,7 +111,7 @@ def test_waiting_and_closed_streams_do_not_count():
                 yield AnswerPiece("a", 1, ())
                 await asyncio.sleep(0)
 
-        answers = Answers([answer()], 1, Client(""), timeout=600.0, pacer=pacer)
+        answers = Answers([answer()], 1, Client(""), timeout=600.0, pacer=pacer, weights=WEIGHTS)
         events_task = asyncio.create_task(answers.events(lambda _, piece: Chunk(text=piece.text, time=0.0), None))
         await asyncio.sleep(0.01)
         assert pacer.interval == 1e-9

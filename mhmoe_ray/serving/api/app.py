@@ -52,7 +52,10 @@ class WeightsHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._headers)
+                headers = MutableHeaders(scope=message)
+                # An answer of an adapter names it already.
+                for name, value in self._headers.items():
+                    headers.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
@@ -80,7 +83,7 @@ def create_app(
     max_bytes = spec.max_body_bytes or (IMAGE_BODY_BYTES if serving.reads_images else TEXT_BODY_BYTES)
     max_held_bytes = max(MIN_HELD_BYTES, HELD_BODIES * max_bytes)
     app.add_middleware(BodyLimits, access=access, max_bytes=max_bytes, max_held_bytes=max_held_bytes)
-    weights_headers = answerer.details.weights_headers
+    weights_headers = answerer.details.weights.headers
     app.add_middleware(WeightsHeaders, headers=weights_headers)
     # The middleware that is added last is the outermost: it answers preflight requests, which have no key, and lets web
     # pages read the refusals of the other.

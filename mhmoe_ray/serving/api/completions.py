@@ -41,7 +41,7 @@ def completions_router(service: CompletionService) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=Completion, responses={200: RESPONSE_DESCRIPTION})
     async def completions(
-        request: CompletionRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+        request: CompletionRequest, response: Response, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | Completion:
         model = service.check_model(request.model)
         max_tokens = service.completion_max_tokens(request.max_tokens)
@@ -71,7 +71,8 @@ def completions_router(service: CompletionService) -> APIRouter:
             events = await answers.events(
                 lambda number, piece: builder.build_body([builder.build_choice(number, piece)], None), build_usage_chunk
             )
-            return EventResponse(events)
+            return EventResponse(events, answers.headers)
+        response.headers.update(answers.headers)
         choices = [builder.build_choice(number, piece) for number, piece in enumerate(await answers.collect_pieces())]
         return builder.build_body(choices, answers.usage)
 
@@ -140,7 +141,7 @@ def chat_router(service: CompletionService) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: RESPONSE_DESCRIPTION})
     async def chat(
-        request: ChatRequest, client: Annotated[Client, Depends(service.access.authenticate)]
+        request: ChatRequest, response: Response, client: Annotated[Client, Depends(service.access.authenticate)]
     ) -> Response | ChatCompletion:
         model = service.check_model(request.model)
         max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
@@ -172,7 +173,9 @@ def chat_router(service: CompletionService) -> APIRouter:
                 return ChatChunk(choices=[], usage=answers.usage, **common_fields)
 
             include_usage = request.stream_options.include_usage
-            return EventResponse(await answers.events(build_chunk, build_usage_chunk if include_usage else None))
+            events = await answers.events(build_chunk, build_usage_chunk if include_usage else None)
+            return EventResponse(events, answers.headers)
+        response.headers.update(answers.headers)
         choices = [
             ChatChoice(
                 index=number, message=ChatResponseMessage(role="assistant", content=piece.text), **_choice_fields(piece)

@@ -165,5 +165,6 @@ class CompletionService(TextService[Answerer]):
         answers = [
             self.answerer.answer(engine_request, echo, added_tokens) for engine_request, added_tokens in engine_requests
         ]
-        headers = self.answerer.details.weights_headers
-        return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pacer, headers)
+        adapter = engine_requests[0][0].adapter
+        weights = self.answerer.adapters[adapter] if adapter else self.answerer.details.weights
+        return Answers(answers, prompt_tokens, client, self.spec.request_timeout, self.pacer, weights)

@@ -14,7 +14,7 @@ from mhmoe_ray.serving.answer import AnswerPiece, join_pieces
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError, error_body
 from mhmoe_ray.serving.api.schema import Usage
-from mhmoe_ray.serving.engine import BusyError, EngineError
+from mhmoe_ray.serving.engine import BusyError, EngineError, ServedWeights
 
 Pieces = AsyncGenerator[tuple[int, AnswerPiece]]
 """Pieces of the answers to a request, each with the index of its answer (OpenAI's choice)."""
@@ -68,13 +68,13 @@ class Answers:
         client: Client,
         timeout: float,
         pacer: StreamPacer,
-        last_fields: Mapping[str, str] = EMPTY,
+        weights: ServedWeights,
     ) -> None:
         """Take over the answers, which start when they are iterated, and fail after `timeout` seconds.
 
-        The last chunk of a stream has `last_fields` too.
+        The headers of the response, and the last chunk of a stream, name the weights.
         """
-        self._last_fields = last_fields
+        self.headers = weights.headers
         self._answers, self._prompt_tokens, self._client = answers, prompt_tokens, client
         self._timeout, self._pacer = timeout, pacer
         self._tokens = [0] * len(answers)
@@ -150,7 +150,7 @@ class Answers:
                 if piece.finish_reason:
                     unfinished.discard(number)
                 is_last = not unfinished and build_usage_chunk is None
-                yield _format_event(build_chunk(number, joined_piece), self._last_fields if is_last else EMPTY)
+                yield _format_event(build_chunk(number, joined_piece), self.headers if is_last else EMPTY)
 
         error: Exception | None = None
         try:
@@ -179,7 +179,7 @@ class Answers:
             yield _format_event(error_body(error))
             return
         if build_usage_chunk:
-            yield _format_event(build_usage_chunk(), self._last_fields)
+            yield _format_event(build_usage_chunk(), self.headers)
         yield "data: [DONE]\n\n"
 
 
@@ -188,8 +188,8 @@ class EventResponse(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
-        super().__init__(events)
+    def __init__(self, events: AsyncGenerator[str], headers: Mapping[str, str]) -> None:
+        super().__init__(events, headers=headers)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

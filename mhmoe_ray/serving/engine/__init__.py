@@ -22,6 +22,7 @@ from mhmoe_ray.serving.engine.request import (
     Request,
     ScoredToken,
     ServedEngine,
+    ServedWeights,
     Stats,
     TextEngine,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "SamplingParams",
     "ScoredToken",
     "ServedEngine",
+    "ServedWeights",
     "Stats",
     "TextEngine",
 ]

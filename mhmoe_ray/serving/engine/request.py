@@ -1,6 +1,6 @@
 """The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics."""
 
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -108,6 +108,20 @@ class AnswerUpdate(NamedTuple):
     finish_reason: FinishReason | None = None
 
 
+class ServedWeights(NamedTuple):
+    """Checkpoint whose weights, or adapter, give an answer."""
+
+    run: str
+    step: int
+    digest: str
+    """`CheckpointManifest.weights_sha256`; empty for a model in memory."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers by which a response names its weights."""
+        return {"x-mhmoe-run": self.run, "x-mhmoe-step": str(self.step), "x-mhmoe-digest": self.digest}
+
+
 class ServedEngine(Protocol):
     """The interface that all engines share."""
 
@@ -138,8 +152,8 @@ class Engine(TextEngine, Protocol):
     """The interface of engines of decoders."""
 
     @property
-    def adapters(self) -> Collection[str]:
-        """Names of the adapters that requests may name."""
+    def adapters(self) -> Mapping[str, ServedWeights]:
+        """Adapters by the names that requests may give as their model."""
         ...
 
     def set_adapters(self, checkpoints: Mapping[str, Location]) -> None:

@@ -2,13 +2,15 @@
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from copy import deepcopy
 from typing import Generic, TypeVar
 
+from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import MhmoeError
+from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
-from mhmoe_ray.serving.engine.request import AnswerUpdate, BusyError, EngineError, Request, Stats
+from mhmoe_ray.serving.engine.request import AnswerUpdate, BusyError, EngineError, Request, ServedWeights, Stats
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -45,7 +47,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
         self.seq_len, self._stop_token_ids, self._spec = seq_len, stop_token_ids, spec
         self._pending_updates: dict[asyncio.AbstractEventLoop, list[tuple[UpdateQueue, AnswerUpdate | Exception]]] = {}
         """Updates by event loop, which gets those of a round together, because waking it is expensive."""
-        self._adapters: dict[str, tuple[Location, A]] = {}
+        self._adapters: dict[str, tuple[Location, ServedWeights, A]] = {}
 
     @abstractmethod
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> T:
@@ -72,12 +74,12 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
         """Fill in the subclass's own statistics, such as the use of the KV cache."""
 
     @abstractmethod
-    def _load_adapter(self, name: str, checkpoint: Location) -> A:
-        """Load the adapter of a checkpoint without the lock; errors are those of `set_adapters`."""
+    def _load_adapter(self, name: str, checkpoint: Location, weights: ServedWeights) -> A:
+        """Load the adapter of a verified checkpoint without the lock; errors are those of `set_adapters`."""
 
     @property
-    def adapters(self) -> Collection[str]:
-        return self._adapters.keys()
+    def adapters(self) -> Mapping[str, ServedWeights]:
+        return {name: weights for name, (_, weights, _) in self._adapters.items()}
 
     def set_adapters(self, checkpoints: Mapping[str, Location]) -> None:
         adapters, errors = {}, []
@@ -86,7 +88,9 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
                 adapters[name] = self._adapters[name]
                 continue
             try:
-                adapters[name] = (checkpoint, self._load_adapter(name, checkpoint))
+                manifest = read_manifest(checkpoint, ("weights",))
+                weights = ServedWeights(RunDir.of_checkpoint(checkpoint).id, manifest.step, manifest.weights_sha256)
+                adapters[name] = (checkpoint, weights, self._load_adapter(name, checkpoint, weights))
             except MhmoeError as e:
                 errors.append(e)
         with self._condition:
@@ -100,7 +104,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
             return None
         if request.adapter not in self._adapters:
             raise EngineError(f"adapter {request.adapter} has just been removed")
-        return self._adapters[request.adapter][1]
+        return self._adapters[request.adapter][-1]
 
     def _end_tokens(self, request: Request) -> frozenset[int]:
         """Return the tokens that end the answer to a request. Needs no lock."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from mhmoe_kernels import packed
 from mhmoe_kernels.packed import PackedMatrix, PaddedMatrix
 from mhmoe_ray.checkpoint.load import WeightsReader, load_verified_model
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest, read_manifest
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.feedforward import matrix_names
 from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
 from mhmoe_ray.serving.engine.packed_model import PackedModel, ServedAdapter
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
-from mhmoe_ray.serving.engine.request import AnswerUpdate, EngineError, Request, ScoredToken, Stats
+from mhmoe_ray.serving.engine.request import AnswerUpdate, EngineError, Request, ScoredToken, ServedWeights, Stats
 from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
 from mhmoe_ray.serving.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
@@ -84,11 +84,9 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
         self._scheduler.remove(state)
         del self._samplers[state]
 
-    def _load_adapter(self, name: str, checkpoint: Location) -> ServedAdapter:
-        manifest = read_manifest(checkpoint, ("weights",))
+    def _load_adapter(self, name: str, checkpoint: Location, weights: ServedWeights) -> ServedAdapter:
         assert self._packed_model is not None, "serve.max_adapters is checked before"
-        digest = bytes.fromhex(manifest.weights_sha256)
-        return self._packed_model.pack_adapter(digest, WeightsReader(checkpoint).adapters())
+        return self._packed_model.pack_adapter(bytes.fromhex(weights.digest), WeightsReader(checkpoint).adapters())
 
     def _all_requests(self) -> list[Sequence]:
         return self._scheduler.all_sequences()

@@ -33,6 +33,7 @@ from mhmoe_ray.serving.engine.request import (
     FinishReason,
     Request,
     ScoredToken,
+    ServedWeights,
     Stats,
 )
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
@@ -160,7 +161,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         self._waiting_queue.add(request.client, state)
         return state
 
-    def _load_adapter(self, name: str, checkpoint: Location) -> None:
+    def _load_adapter(self, name: str, checkpoint: Location, weights: ServedWeights) -> None:
         raise ServeError(f"adapter {name}", "engine vllm serves no adapters", "set serve.engine=torch")
 
     def _remove_request(self, state: _VllmRequest) -> None:
