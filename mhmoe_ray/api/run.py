@@ -449,27 +449,42 @@ class Run:
         return evaluate(directory, checkpoint, options, recompute, address, trust_run=trust_run, on_note=on_note)
 
     def export(
-        self, folder: str | PathLike[str], checkpoint: CheckpointName | None = None, on_note: OnNote = ignore_note
+        self,
+        folder: str | PathLike[str],
+        checkpoint: CheckpointName | None = None,
+        on_note: OnNote = ignore_note,
+        *,
+        merge: bool = False,
+        base: str | PathLike[str] | None = None,
     ) -> ExportResult:
         """Write a checkpoint in Hugging Face's layout, which transformers, vLLM and lm-eval read.
+
+        A checkpoint with an adapter is written in PEFT's layout instead.
 
         Args:
             folder: folder to write, which must not exist or must be empty.
             checkpoint: one of the run's checkpoints, its name or its step; None for the newest.
             on_note: callback that gets a line of text about what is exported.
+            merge: whether the sums of base and adapter are written in place of an adapter.
+            base: exported base of an adapter, a folder or hf:ORGANIZATION/NAME; by default what the run started from.
 
         Returns:
             The model type, and the number and bytes of the tensors.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged, or the folder cannot be written.
+            CheckpointError: there is no such checkpoint, it is damaged, its adapter changes nothing, `base` is another
+                model, or the folder cannot be written.
         """
-        # This import is delayed, because the module imports torch, which takes long.
+        # These imports are delayed, because the modules import torch, which takes long.
         from mhmoe_ray.checkpoint.huggingface.export import export
+        from mhmoe_ray.checkpoint.huggingface.peft_export import check_adapter, export_adapter
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
         path, manifest = pick_checkpoint(self._existing_directory, checkpoint, verify_hashes=True, on_note=on_note)
         on_note(Activity("exporting", f"{path.name} of {self.id}"))
+        if manifest.adapter and not merge:
+            return export_adapter(path, manifest, Path(folder), path_text(base) if base else None)
+        check_adapter(path, manifest)
         return export(path, manifest, Path(folder))
 
     def track(self) -> dict[str, int]:

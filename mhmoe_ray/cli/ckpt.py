@@ -187,10 +187,19 @@ def export(
     run: options.RunArg = None,
     checkpoint: options.CheckpointOption = None,
     storage: options.StorageOption = options.STORAGE,
+    merge: Annotated[bool, typer.Option("--merge", help="Write the sums of base and adapter as one model.")] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Exported base of an adapter, or hf:ORGANIZATION/NAME; by default what the run started from.",
+        ),
+    ] = None,
 ) -> None:
     """Write a run's checkpoint in Hugging Face's layout: safetensors by expert, their index, config.json and tokenizer.
 
-    A model of exactly Mixtral's shape loads in transformers as it is.
+    A model of exactly Mixtral's shape loads in transformers as it is. Of a run with train.adapter, the adapter alone is
+    written in PEFT's layout, unless --merge is given.
     """
     show_activity("verifying the checkpoint")
     from mhmoe_ray.api.run import Run
@@ -199,9 +208,10 @@ def export(
 
     run, checkpoint = split_step(run, checkpoint)
     run_dir = find_run(run, storage)
-    exported = Run(run_dir).export(target_folder, checkpoint, print_note)
+    exported = Run(run_dir).export(target_folder, checkpoint, print_note, merge=merge, base=base)
+    kind = f"adapter of {exported.base}, " if exported.base else ""
     size = f"{exported.tensors} tensors, {exported.bytes / 1e6:,.1f} MB, model_type {exported.model_type}"
-    print_line(f"exported {exported.checkpoint} of {run_dir.id} to {target_folder}: {size}")
+    print_line(f"exported {exported.checkpoint} of {run_dir.id} to {target_folder}: {kind}{size}")
 
 
 @app.command("import")
@@ -210,8 +220,8 @@ def import_(
         str,
         typer.Argument(
             metavar="SRC",
-            help="Folder of a model in safetensors, hf:ORGANIZATION/NAME of the Hugging Face hub, a run, whose "
-            "newest checkpoint is copied, or RUN@STEP.",
+            help="Folder of a model in safetensors or of an adapter made by PEFT, hf:ORGANIZATION/NAME of the Hugging "
+            "Face hub, a run, whose newest checkpoint is copied, or RUN@STEP.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Name of the run; by default the folder's.")] = None,
@@ -223,7 +233,7 @@ def import_(
     """Import a model that was trained elsewhere as a run; it can be served and exported, not resumed.
 
     Its architecture is Llama, Mistral, Qwen2, Qwen3, Mixtral, Qwen3-MoE, OLMoE, or that of a model that `mhmoe ckpt
-    export` wrote.
+    export` wrote. An adapter is merged into its base.
     """
     print_note(Activity("importing", source))
     from mhmoe_ray.api.attempts import run_argument

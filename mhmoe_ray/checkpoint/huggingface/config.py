@@ -23,6 +23,7 @@ from mhmoe_ray.spec.base import TokenCount
 from mhmoe_ray.storage import read_file
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 SECTION = "mhmoe"
 # Key that shows that config.json has the keys of an architecture. Exports of version 0.1 have only the section `mhmoe`.
 FIRST_KEY = "hidden_size"
@@ -47,6 +48,8 @@ class ExportResult(NamedTuple):
     """Size of the exported tensors in bytes."""
     checkpoint: str
     """Name of the exported checkpoint."""
+    base: str | None = None
+    """Folder or model of the hub that an exported adapter adapts; None for a whole model."""
 
 
 class MhmoeSection(BaseModel):
@@ -69,6 +72,11 @@ class PlannedModel(NamedTuple):
     context_length: int
     counts: ForeignCounts | None
     """Exact counts of the original if `model` is only similar to it."""
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Return whether a folder has an adapter in PEFT's layout."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def build_config(model: ModelSpec, seq_len: int, tokenizer_size: int) -> dict[str, Any]:
@@ -94,7 +102,7 @@ def read_config(folder: Path, seq_len: int | None) -> tuple[str, MhmoeSection]:
     try:
         section = _read_section(subject, model_type, fields)
     except (ValidationError, ValueError) as e:
-        raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be imported") from e
+        raise CheckpointError(subject, f"{CONFIG}: {error_text(e)}", "such a model cannot be imported") from e
     if seq_len is not None and seq_len > section.seq_len:
         reason = f"it is made for {section.seq_len} tokens at once"
         raise CheckpointError(subject, reason, f"choose a sequence length up to that, not {seq_len}")
@@ -118,7 +126,7 @@ def read_planned_model(folder: Path) -> PlannedModel:
         foreign = ForeignModel.model_validate(fields)
         return PlannedModel(foreign.similar_model(), foreign.max_position_embeddings, foreign.counts())
     except ValidationError as e:
-        raise CheckpointError(subject, f"{CONFIG}: {_error_text(e)}", "such a model cannot be planned") from e
+        raise CheckpointError(subject, f"{CONFIG}: {error_text(e)}", "such a model cannot be planned") from e
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:
@@ -153,7 +161,7 @@ def _read_section(subject: str, model_type: str, fields: dict[str, Any]) -> Mhmo
     return section
 
 
-def _error_text(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """Return an error about config.json in one line, with the wrong key if pydantic found it."""
     if not isinstance(error, ValidationError):
         return str(error)

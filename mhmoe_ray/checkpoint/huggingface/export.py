@@ -1,7 +1,5 @@
 """Export a run's checkpoint to a folder that other tools read."""
 
-import secrets
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from mhmoe_ray.checkpoint.huggingface.config import (
     MhmoeSection,
     build_config,
 )
-from mhmoe_ray.checkpoint.huggingface.files import INDEX, report_read_errors, write_files
+from mhmoe_ray.checkpoint.huggingface.files import INDEX, new_folder, report_read_errors, write_files
 from mhmoe_ray.checkpoint.huggingface.model_card import CARD, build_card
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.huggingface.tokenizer import (
@@ -34,7 +32,7 @@ from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.tokenizer import boundaries, load_tokenizer, token_count
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir
-from mhmoe_ray.storage import Location, make_folder, replace_file, sync, write_json
+from mhmoe_ray.storage import Location, replace_file, write_json
 
 CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mhmoe.py", "modeling_mhmoe.py"))
 """Code of MH-MoE models, which transformers lacks; an export of such a model contains copies."""
@@ -48,7 +46,6 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
     gets its name when it is complete. A failure to read or write, a missing or changed tokenizer, another model than a
     decoder, or router `domain` is a CheckpointError.
     """
-    subject = f"folder {target}"
     if not manifest.model.family.predicts_next_token:
         reason = f"its model is {manifest.model.family.title}, for which there is no exported form"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a decoder")
@@ -56,21 +53,8 @@ def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> 
         reason = "its router needs the domain of a text, which other tools do not give"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a model with a learned router")
     tokenizer = run_tokenizer(checkpoint, manifest)
-    # All files go to a staging directory, so that no reader meets an incomplete folder.
-    staging = target.absolute().with_name(f"{target.name}.partial-{secrets.token_hex(3)}")
-    try:
-        if target.exists() and any(target.iterdir()):
-            raise CheckpointError(subject, "it is not empty", "name a folder that does not exist yet")
-        make_folder(staging)
-        try:
-            result = _write_folder(staging, checkpoint, manifest, tokenizer)
-            staging.rename(target)
-            sync(target.absolute().parent)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as e:
-        raise CheckpointError(subject, e.strerror or str(e), "name a folder you can write") from e
-    return result
+    with new_folder(target) as folder:
+        return _write_folder(folder, checkpoint, manifest, tokenizer)
 
 
 def _write_folder(

@@ -1,5 +1,7 @@
 """Safetensors files in Hugging Face's layout, read tensor by tensor and written one group of tensors at a time."""
 
+import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from torch import Tensor
 from mhmoe_ray.checkpoint.format import DTYPES
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
-from mhmoe_ray.storage import is_special, read_file, sync
+from mhmoe_ray.storage import is_special, make_folder, read_file, sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,15 +76,17 @@ class StoredTensors:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[StoredTensors]:
-    """Open the weights of a folder: one safetensors file, or the files that its index names.
+def open_tensors(folder: Path, file_name: str | None = None) -> Iterator[StoredTensors]:
+    """Open the weights of a folder: the file `file_name`, or by default those of a model.
+
+    A model's weights are in one safetensors file, or in the files that its index names.
 
     Missing weights, a missing file of the index, or a damaged file is a CheckpointError.
     """
     subject, fix = f"folder {folder}", "get the folder again"
     with ExitStack() as stack:
         files = {}
-        for name in _file_names(folder):
+        for name in [file_name] if file_name else _file_names(folder):
             if is_special(folder / name):
                 raise CheckpointError(subject, f"{name} is no regular file", fix)
             try:
@@ -92,6 +96,29 @@ def open_tensors(folder: Path) -> Iterator[StoredTensors]:
             except SafetensorError as e:
                 raise CheckpointError(subject, f"{name} is damaged or no safetensors file ({e})", fix) from e
         yield StoredTensors(folder, files)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a staging directory that gets the name `target` when the block ends without an error.
+
+    A target that has files, and a failure to write, are a CheckpointError.
+    """
+    subject = f"folder {target}"
+    # All files go to a staging directory, so that no reader meets an incomplete folder.
+    staging = target.absolute().with_name(f"{target.name}.partial-{secrets.token_hex(3)}")
+    try:
+        if target.exists() and any(target.iterdir()):
+            raise CheckpointError(subject, "it is not empty", "name a folder that does not exist yet")
+        make_folder(staging)
+        try:
+            yield staging
+            staging.rename(target)
+            sync(target.absolute().parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as e:
+        raise CheckpointError(subject, e.strerror or str(e), "name a folder you can write") from e
 
 
 @contextmanager
@@ -136,20 +163,24 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
     Each group is produced when it is written. A full disk is an OSError.
     """
     weight_map: dict[str, str] = {}
-    # safetensors creates files that only their owner can read, so they get the read and write permissions of the
-    # folder.
-    mode = folder.stat().st_mode & 0o666
     for number, tensors in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        except SafetensorError as e:
-            # A full disk raises this error of safetensors instead of an OSError.
-            raise OSError(str(e)) from e
-        (folder / file).chmod(mode)
-        sync(folder / file)
+        write_file(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
         # Without `del` this group would stay in memory while the next one is produced.
         del tensors
     sync(folder)
     return weight_map
+
+
+def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors to a safetensors file. A full disk is an OSError."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as e:
+        # A full disk raises this error of safetensors instead of an OSError.
+        raise OSError(str(e)) from e
+    # safetensors creates files that only their owner can read, so they get the read and write permissions of the
+    # folder.
+    file.chmod(file.parent.stat().st_mode & 0o666)
+    sync(file)

@@ -5,7 +5,7 @@ Files are kept in the hub's own cache (`HF_HOME`). With `HF_HUB_OFFLINE=1`, noth
 
 from pathlib import Path
 
-from mhmoe_ray.checkpoint.huggingface.config import read_config
+from mhmoe_ray.checkpoint.huggingface.config import is_adapter_folder, read_config
 from mhmoe_ray.errors import CheckpointError
 
 PREFIX = "hf:"
@@ -22,7 +22,8 @@ def local_folder(source: str) -> Path:
     if not source.startswith(PREFIX):
         return Path(source)
     folder = settings_folder(source)
-    read_config(folder, None)
+    if not is_adapter_folder(folder):
+        read_config(folder, None)
     return _download(source, (*SETTINGS_FILES, *WEIGHT_FILES))
 
 

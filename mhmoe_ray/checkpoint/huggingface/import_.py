@@ -13,12 +13,15 @@ from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.config import MhmoeSection, read_config
 from mhmoe_ray.checkpoint.huggingface.export import export
 from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, report_read_errors, write_files
+from mhmoe_ray.checkpoint.huggingface.hub import local_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
     ImportedTokenizer,
     read_chat_template,
     read_folder_tokenizer,
 )
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
+from mhmoe_ray.checkpoint.huggingface.peft_import import model_folder, read_adapter
+from mhmoe_ray.checkpoint.huggingface.peft_layout import LowRankTerm
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
 from mhmoe_ray.data.chat.process import ChatTemplateError
 from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate
@@ -35,6 +38,7 @@ def import_folder(
 ) -> RunDir:
     """Import a folder with config.json, tokenizer.json and safetensors as a run with one checkpoint.
 
+    An adapter in PEFT's layout is merged into its base, whose name is in adapter_config.json.
     One layer of the weights at a time is in memory. The run's id begins with `name`, by default the name of the folder.
     `seq_len` limits the tokens of prompt and answer together, by default to the context length. The run records
     `origin`, by default the folder's path. An incomplete, damaged or unsupported folder is a CheckpointError, a
@@ -42,9 +46,10 @@ def import_folder(
     SpecError.
     """
     name, root = _checked_name(source, name), _local_storage(storage)
-    model_type, config = read_config(source, seq_len)
-    imported_tokenizer = read_folder_tokenizer(source, config)
-    template = read_chat_template(source)
+    settings = model_folder(source)
+    model_type, config = read_config(settings, seq_len)
+    imported_tokenizer = read_folder_tokenizer(settings, config)
+    template = read_chat_template(settings)
     try:
         if template:
             ChatTemplate(template, "", "").accepts(EXCHANGES)
@@ -112,17 +117,20 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
     """Open the weights of a folder in Hugging Face's layout, after checking names and shapes.
 
     The value iterates over groups of tensors by their checkpoint names: first those outside the layers, then those of
-    each layer. One group at a time is in memory. A folder with other tensors than the model's is a CheckpointError.
+    each layer. One group at a time is in memory. An adapter in PEFT's layout is merged into the weights of its base. A
+    folder with other tensors than the model's is a CheckpointError.
     """
     experts = model.moe_layers * model.moe.experts if model.moe else 0
-    with open_tensors(source) as stored:
+    folder = model_folder(source, local_folder)
+    with open_tensors(folder) as stored:
         # The names of a model with too many layers or experts would take minutes and gigabytes.
         if len(stored.names) < model.layers + experts:
             reason = f"it has {len(stored.names)} tensors for {model.layers:,} layers and {experts:,} experts"
-            raise CheckpointError(f"folder {source}", reason, "use the weights that belong to its config.json")
+            raise CheckpointError(f"folder {folder}", reason, "use the weights that belong to its config.json")
         groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
-        _check_tensors(source, stored, groups, stored.redundant_names(tied_embeddings=model.tied_embeddings))
-        yield _joined_groups(source, stored, groups)
+        _check_tensors(folder, stored, groups, stored.redundant_names(tied_embeddings=model.tied_embeddings))
+        shapes = {name: shape for group in groups for entry in group for name, shape in entry.shapes.items()}
+        yield _joined_groups(folder, stored, groups, read_adapter(source, model_type, shapes))
 
 
 def run_name(text: str) -> str:
@@ -170,12 +178,17 @@ def _check_tensors(
         )
 
 
-def _joined_groups(source: Path, stored: StoredTensors, groups: list[list[TensorEntry]]) -> Iterator[dict[str, Tensor]]:
+def _joined_groups(
+    source: Path, stored: StoredTensors, groups: list[list[TensorEntry]], adapter: dict[str, LowRankTerm]
+) -> Iterator[dict[str, Tensor]]:
+    def read(name: str) -> Tensor:
+        weight = stored.read(name)
+        return adapter[name].add_to(weight) if name in adapter else weight
+
     for group in groups:
         with report_read_errors(f"folder {source}", "repair its disk, or get the folder again"):
             tensors = {
-                entry.checkpoint_name: entry.join([stored.read(name) for name in entry.exported_names])
-                for entry in group
+                entry.checkpoint_name: entry.join([read(name) for name in entry.exported_names]) for entry in group
             }
         yield tensors
         # Without `del` this group would stay in memory while the next one is read.

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mhmoe_ray.checkpoint.find import find_run_or_checkpoint, no_checkpoint_error
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, is_adapter_folder, read_config
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
+from mhmoe_ray.checkpoint.huggingface.peft_import import model_folder
 from mhmoe_ray.checkpoint.manifest import MANIFEST, CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE
@@ -68,7 +69,7 @@ def find_start_model(source: str, storage: Location | str) -> StartModel:
         folder = settings_folder(source)
         return _folder_model(pinned_source(source, folder), folder)
     path = location(source)
-    if isinstance(path, Path) and (path / CONFIG).is_file():
+    if isinstance(path, Path) and (is_adapter_folder(path) or (path / CONFIG).is_file()):
         return _folder_model(str(path.absolute()), path.absolute())
     if (path / MANIFEST).exists() and not RunDir(path).attempts_file.exists():
         return _checkpoint_model(path.absolute())
@@ -110,11 +111,13 @@ def _checkpoint_model(checkpoint: Location) -> StartModel:
 def _folder_model(source: str, folder: Path) -> StartModel:
     """Return the start model for a folder in Hugging Face's layout, which `start.from` names as `source`.
 
-    A folder that cannot be read, or whose tokenizer.json lacks the start token, is a CheckpointError.
+    An adapter in PEFT's layout is merged into its base. A folder that cannot be read, or whose tokenizer.json lacks the
+    start token, is a CheckpointError.
     """
-    model_type, section = read_config(folder, None)
-    tokenizer = read_folder_tokenizer(folder, section)
-    tokenizer_file = folder / "tokenizer.json"
+    settings = model_folder(folder)
+    model_type, section = read_config(settings, None)
+    tokenizer = read_folder_tokenizer(settings, section)
+    tokenizer_file = settings / "tokenizer.json"
     if tokenizer.content != tokenizer_file.read_bytes():
         reason = "its tokenizer.json does not say which token starts a text, so training would refuse it"
         raise CheckpointError(f"start.from {source}", reason, "run `mhmoe ckpt import` and start from the imported run")
@@ -128,8 +131,8 @@ def _folder_model(source: str, folder: Path) -> StartModel:
         tokenizer_file=tokenizer_file,
         adds_start=tokenizer.adds_start,
         ends=tokenizer.end_tokens,
-        chat_template=read_chat_template(folder),
-        chat_template_file=template_file if (template_file := folder / CHAT_TEMPLATE).exists() else None,
+        chat_template=read_chat_template(settings),
+        chat_template_file=template_file if (template_file := settings / CHAT_TEMPLATE).exists() else None,
     )
 
 

@@ -1,0 +1,114 @@
+"""PEFT's layout of a LoRA adapter: adapter_config.json and adapter_model.safetensors.
+
+PEFT 0.21 names an adapter's tensors after modules of transformers 5, where the experts of a layer are two parameters,
+`gate_up_proj` and `down_proj`. It adapts such a parameter as a whole. The adapters of an expert's gate and up matrices
+are one adapter of the rows of both: its A has the rows of both A, and its B is block-diagonal. An adapter of E experts
+has two tensors:
+
+    lora_A    [E * rank, in], expert by expert
+    lora_B    [out, rank * E], in which the expert is the last index
+
+The adapters of two parameters of one module are nested: the first one's tensors are those of `base_layer`.
+
+In this package, adapters in this layout are low-rank terms of exported matrices, by the names of `names.py`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
+from mhmoe_ray.checkpoint.huggingface.adapters.mixture import MixtureAdapter
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+GATE_UP_NAME, DOWN_NAME = "gate_up_proj", "down_proj"
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
+
+
+class LowRankTerm(NamedTuple):
+    """Term scale * B A of an exported matrix: A is [rank, in] and B is [out, rank]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """Return the sum of a matrix and this term, computed in float32 or wider, in the dtype of the matrix."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return (weight.to(dtype) + self.b.to(dtype) @ self.a.to(dtype) * self.scale).to(weight.dtype)
+
+
+class PeftTarget(NamedTuple):
+    """Linear layer or parameter of a model in transformers, which PEFT adapts as one matrix or one stack."""
+
+    module: str
+    parameter: str | None
+    """Name of the parameter in the module; None for a linear layer."""
+    stack: list[list[str]]
+    """Exported matrices of each expert whose rows are joined; one expert if the target is no stack."""
+
+    @property
+    def key(self) -> str:
+        """The full name that patterns and lists of targets in adapter_config.json match."""
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
+
+    def encode(self, terms: dict[str, LowRankTerm]) -> tuple[Tensor, Tensor]:
+        """Return PEFT's two tensors for the terms of the target's matrices, which have the same scale."""
+        experts = [[terms[name] for name in names] for names in self.stack]
+        b_EOZ = torch.stack([_block_diagonal([term.b for term in expert]) for expert in experts])
+        return torch.cat([term.a for expert in experts for term in expert]), b_EOZ.permute(1, 2, 0).flatten(1)
+
+    def decode(self, a: Tensor, b: Tensor, scale: float) -> Iterator[tuple[str, LowRankTerm]]:
+        """Yield the term of each matrix of the target from PEFT's two tensors."""
+        experts = len(self.stack)
+        b_EOZ = b.view(len(b), -1, experts).permute(2, 0, 1)
+        for names, a_ZI, b_OZ in zip(self.stack, a.chunk(experts), b_EOZ, strict=True):
+            for name, b_part in zip(names, b_OZ.chunk(len(names)), strict=True):
+                yield name, LowRankTerm(a_ZI, b_part, scale)
+
+
+def _block_diagonal(matrices: list[Tensor]) -> Tensor:
+    diagonal: Tensor = torch.block_diag(*matrices)  # type: ignore[no-untyped-call]
+    return diagonal
+
+
+def peft_targets(model_type: str, names: Iterable[str]) -> list[PeftTarget]:
+    """Return the targets in transformers that have the matrices of these exported names."""
+    is_mixture = issubclass(ADAPTERS[model_type], MixtureAdapter)
+    targets: dict[tuple[str, str | None], dict[str, list[str]]] = {}
+    for name in names:
+        module = stack = name.removesuffix(".weight")
+        parameter = "weight" if module.endswith(".gate") else None
+        if is_mixture:
+            module = module.replace(".block_sparse_moe.", ".mlp.")
+            if expert := _EXPERT.fullmatch(module):
+                stack = module.rpartition(".")[0]
+                module, parameter = expert[1], DOWN_NAME if expert[2] in ("w2", "down_proj") else GATE_UP_NAME
+            elif ".self_attn." not in module:
+                # PEFT takes the linear layers gate_proj, up_proj and down_proj for experts, but not their weights.
+                parameter = "weight"
+        targets.setdefault((module, parameter), {}).setdefault(stack, []).append(name)
+    return [PeftTarget(module, parameter, list(s.values())) for (module, parameter), s in targets.items()]
+
+
+def stored_targets(targets: Iterable[PeftTarget], target_parameters: Iterable[str]) -> dict[str, PeftTarget]:
+    """Return the targets by the names of the modules in adapter_model.safetensors.
+
+    `target_parameters` is that of adapter_config.json; experts that it lacks are left out.
+    """
+    parameters = [f".{name}" for name in target_parameters]
+
+    def is_targeted(key: str) -> bool:
+        return f".{key}".endswith(tuple(parameters))
+
+    stored: dict[str, PeftTarget] = {}
+    for target in targets:
+        if target.parameter in (GATE_UP_NAME, DOWN_NAME) and not is_targeted(target.key):
+            continue
+        is_inner = target.parameter == GATE_UP_NAME and is_targeted(f"{target.module}.{DOWN_NAME}")
+        stored[f"{target.module}.base_layer" if is_inner else target.module] = target
+    return stored
