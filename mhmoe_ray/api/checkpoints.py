@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mhmoe_ray.api.defaults import OnNote, ignore_note
 from mhmoe_ray.checkpoint.find import find_checkpoint, find_run_or_checkpoint, no_checkpoint_error
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG
+from mhmoe_ray.checkpoint.huggingface.config import ADAPTER_CONFIG, CONFIG
 from mhmoe_ray.checkpoint.huggingface.hub import local_folder
 from mhmoe_ray.checkpoint.manifest import (
     MANIFEST,
@@ -84,7 +84,8 @@ def find_model_folder(model: str | PathLike[str], storage: Location | str) -> Lo
     """
     name = path_text(model)
     folder: Location = local_folder(name) if "://" not in name else location(name)
-    if (isinstance(folder, Path) and has_file(folder, CONFIG)) or has_file(folder, MANIFEST):
+    names = (CONFIG, ADAPTER_CONFIG, MANIFEST) if isinstance(folder, Path) else (MANIFEST,)
+    if any(has_file(folder, name) for name in names):
         return folder
     return find_run_or_checkpoint(name, storage, f"model {name}")
 

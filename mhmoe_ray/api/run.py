@@ -475,17 +475,14 @@ class Run:
             CheckpointError: there is no such checkpoint, it is damaged, its adapter changes nothing, `base` is another
                 model, or the folder cannot be written.
         """
-        # These imports are delayed, because the modules import torch, which takes long.
-        from mhmoe_ray.checkpoint.huggingface.export import export
-        from mhmoe_ray.checkpoint.huggingface.peft_export import check_adapter, export_adapter
+        # This import is delayed, because the module imports torch, which takes long.
+        from mhmoe_ray.checkpoint.huggingface.peft_export import export_checkpoint
 
         # A damaged checkpoint must not be exported, so all of its weights are hashed first.
         path, manifest = pick_checkpoint(self._existing_directory, checkpoint, verify_hashes=True, on_note=on_note)
         on_note(Activity("exporting", f"{path.name} of {self.id}"))
-        if manifest.adapter and not merge:
-            return export_adapter(path, manifest, Path(folder), path_text(base) if base else None)
-        check_adapter(path, manifest)
-        return export(path, manifest, Path(folder))
+        base = path_text(base) if base else None
+        return export_checkpoint(path, manifest, Path(folder), merge=merge, base=base)
 
     def track(self) -> dict[str, int]:
         """Send the steps that the tracking servers of the spec lack; return the number of unsent steps by server.

@@ -244,13 +244,13 @@ def import_(
     if source.startswith(PREFIX):
         # The folder in the hub's cache is named by a hash, so the run is named after the model and records its id.
         name = name or run_name(source.partition("@")[0].rpartition("/")[2])
-        run = import_folder(local_folder(source), name, storage, seq_len, origin=source)
+        run = import_folder(local_folder(source), name, storage, seq_len, origin=source, on_note=print_note)
     elif (run_and_step := _run_and_step(source, storage)) is not None:
         source_run, step = run_and_step
         path, manifest = pick_checkpoint(source_run, step, verify_hashes=True, on_note=print_note)
         run = import_checkpoint(path, manifest, name or run_name(source_run.id), storage, seq_len)
     else:
-        run = import_folder(Path(source), name, storage, seq_len)
+        run = import_folder(Path(source), name, storage, seq_len, on_note=print_note)
     print_line(f"imported {source} as run {run.id}; serve it: mhmoe serve deploy {run_argument(run)}")
 
 

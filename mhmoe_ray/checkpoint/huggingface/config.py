@@ -135,6 +135,9 @@ def _read_fields(folder: Path) -> dict[str, Any]:
         return parse_object(read_file(folder / CONFIG))
     except OSError as e:
         reason = f"its {CONFIG} cannot be read ({e.strerror})"
+        if is_adapter_folder(folder):
+            reason, fix = "it is an adapter, not a model", f"merge it into its base: mhmoe ckpt import {folder}"
+            raise CheckpointError(subject, reason, fix) from e
         raise CheckpointError(subject, reason, "name the folder of a model, as `mhmoe ckpt export` writes it") from e
     except ParseError as e:
         raise CheckpointError(subject, f"its {CONFIG} is damaged", "get the folder again") from e

@@ -38,20 +38,25 @@ CODE_FILES = tuple(Path(__file__).with_name(name) for name in ("configuration_mh
 """Code of MH-MoE models, which transformers lacks; an export of such a model contains copies."""
 
 
-def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
-    """Export a verified checkpoint to a new or empty folder in Hugging Face's layout, one layer at a time in memory.
-
-    The folder gets safetensors with their index, config.json, generation_config.json, tokenizer.json,
-    tokenizer_config.json, a model card and, if they exist, chat_template.jinja and the code of the model's classes. It
-    gets its name when it is complete. A failure to read or write, a missing or changed tokenizer, another model than a
-    decoder, or router `domain` is a CheckpointError.
-    """
+def check_exportable(checkpoint: Location, manifest: CheckpointManifest) -> None:
+    """Raise a CheckpointError for another model than a decoder, and for router `domain`."""
     if not manifest.model.family.predicts_next_token:
         reason = f"its model is {manifest.model.family.title}, for which there is no exported form"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a decoder")
     if manifest.model.moe is not None and manifest.model.moe.router == "domain":
         reason = "its router needs the domain of a text, which other tools do not give"
         raise CheckpointError(f"checkpoint {checkpoint}", reason, "export a model with a learned router")
+
+
+def export(checkpoint: Location, manifest: CheckpointManifest, target: Path) -> ExportResult:
+    """Export a verified checkpoint to a new or empty folder in Hugging Face's layout, one layer at a time in memory.
+
+    The folder gets safetensors with their index, config.json, generation_config.json, tokenizer.json,
+    tokenizer_config.json, a model card and, if they exist, chat_template.jinja and the code of the model's classes. It
+    gets its name when it is complete. A failure to read or write, a missing or changed tokenizer, or a model that
+    `check_exportable` refuses is a CheckpointError.
+    """
+    check_exportable(checkpoint, manifest)
     tokenizer = run_tokenizer(checkpoint, manifest)
     with new_folder(target) as folder:
         return _write_folder(folder, checkpoint, manifest, tokenizer)

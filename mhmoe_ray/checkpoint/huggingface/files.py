@@ -42,6 +42,10 @@ class StoredTensors:
     def names(self) -> set[str]:
         return set(self._file_of)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {key: text for file in self._files.values() for key, text in (file.metadata() or {}).items()}
+
     def redundant_names(self, *, tied_embeddings: bool) -> set[str]:
         """Return the names of tensors that some programs store although a model does not need them.
 
@@ -173,10 +177,10 @@ def write_files(folder: Path, groups: Iterable[dict[str, Tensor]], count: int) -
     return weight_map
 
 
-def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_file(file: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
     """Write tensors to a safetensors file. A full disk is an OSError."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt", **metadata})
     except SafetensorError as e:
         # A full disk raises this error of safetensors instead of an OSError.
         raise OSError(str(e)) from e

@@ -3,7 +3,7 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,11 +34,16 @@ from mhmoe_ray.storage import Location, describe_file, location, make_folder, re
 
 
 def import_folder(
-    source: Path, name: str | None, storage: str | Path, seq_len: int | None, origin: str | None = None
+    source: Path,
+    name: str | None,
+    storage: str | Path,
+    seq_len: int | None,
+    origin: str | None = None,
+    on_note: Callable[[str], object] = lambda line: None,
 ) -> RunDir:
     """Import a folder with config.json, tokenizer.json and safetensors as a run with one checkpoint.
 
-    An adapter in PEFT's layout is merged into its base, whose name is in adapter_config.json.
+    An adapter in PEFT's layout is merged into its base, which adapter_config.json names, and `on_note` gets a line.
     One layer of the weights at a time is in memory. The run's id begins with `name`, by default the name of the folder.
     `seq_len` limits the tokens of prompt and answer together, by default to the context length. The run records
     `origin`, by default the folder's path. An incomplete, damaged or unsupported folder is a CheckpointError, a
@@ -47,6 +52,8 @@ def import_folder(
     """
     name, root = _checked_name(source, name), _local_storage(storage)
     settings = model_folder(source)
+    if settings != source:
+        on_note(f"{origin or source} is an adapter, so it is merged into its base {settings}")
     model_type, config = read_config(settings, seq_len)
     imported_tokenizer = read_folder_tokenizer(settings, config)
     template = read_chat_template(settings)
@@ -129,8 +136,8 @@ def open_groups(source: Path, model_type: str, model: ModelSpec) -> Iterator[Ite
             raise CheckpointError(f"folder {folder}", reason, "use the weights that belong to its config.json")
         groups = tensor_entries(model, ADAPTERS[model_type].name_replacements)
         _check_tensors(folder, stored, groups, stored.redundant_names(tied_embeddings=model.tied_embeddings))
-        shapes = {name: shape for group in groups for entry in group for name, shape in entry.shapes.items()}
-        yield _joined_groups(folder, stored, groups, read_adapter(source, model_type, shapes))
+        names = [name for group in groups for entry in group for name in entry.exported_names]
+        yield _joined_groups(folder, stored, groups, read_adapter(source, model_type, stored, names))
 
 
 def run_name(text: str) -> str:

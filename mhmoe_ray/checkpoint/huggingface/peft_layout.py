@@ -13,8 +13,9 @@ The adapters of two parameters of one module are nested: the first one's tensors
 In this package, adapters in this layout are low-rank terms of exported matrices, by the names of `names.py`.
 """
 
+import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.adapters.mixture import MixtureAdapter
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_SHA256 = "base_sha256"
+"""Key of the file's metadata with the `model_sha256` of the base."""
 PREFIX = "base_model.model."
 GATE_UP_NAME, DOWN_NAME = "gate_up_proj", "down_proj"
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
@@ -76,39 +79,49 @@ def _block_diagonal(matrices: list[Tensor]) -> Tensor:
     return diagonal
 
 
-def peft_targets(model_type: str, names: Iterable[str]) -> list[PeftTarget]:
-    """Return the targets in transformers that have the matrices of these exported names."""
+def tensor_names(module: str) -> tuple[str, str]:
+    """Return the names of a module's A and B in adapter_model.safetensors."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def peft_targets(
+    model_type: str, names: Iterable[str], target_parameters: Iterable[str] | None = None
+) -> dict[str, PeftTarget]:
+    """Return the targets in transformers that have matrices of these exported names, by their stored modules.
+
+    `target_parameters` is that of adapter_config.json, by default all parameters. A parameter that it lacks is adapted
+    as one linear layer per matrix, as in transformers 4.
+    """
     is_mixture = issubclass(ADAPTERS[model_type], MixtureAdapter)
+    endings = None if target_parameters is None else tuple(f".{name}" for name in target_parameters)
     targets: dict[tuple[str, str | None], dict[str, list[str]]] = {}
     for name in names:
-        module = stack = name.removesuffix(".weight")
+        layer = module = expert = name.removesuffix(".weight")
         parameter = "weight" if module.endswith(".gate") else None
         if is_mixture:
             module = module.replace(".block_sparse_moe.", ".mlp.")
-            if expert := _EXPERT.fullmatch(module):
-                stack = module.rpartition(".")[0]
-                module, parameter = expert[1], DOWN_NAME if expert[2] in ("w2", "down_proj") else GATE_UP_NAME
+            if match := _EXPERT.fullmatch(module):
+                expert = module.rpartition(".")[0]
+                module, parameter = match[1], DOWN_NAME if match[2] in ("w2", "down_proj") else GATE_UP_NAME
             elif ".self_attn." not in module:
                 # PEFT takes the linear layers gate_proj, up_proj and down_proj for experts, but not their weights.
                 parameter = "weight"
-        targets.setdefault((module, parameter), {}).setdefault(stack, []).append(name)
-    return [PeftTarget(module, parameter, list(s.values())) for (module, parameter), s in targets.items()]
+        if endings is not None:
+            is_targeted = f".{module}.{parameter or 'weight'}".endswith(endings)
+            module, parameter, expert = (module, parameter or "weight", expert) if is_targeted else (layer, None, layer)
+        targets.setdefault((module, parameter), {}).setdefault(expert, []).append(name)
+    return {
+        f"{module}.base_layer" if parameter == GATE_UP_NAME and (module, DOWN_NAME) in targets else module: PeftTarget(
+            module, parameter, list(experts.values())
+        )
+        for (module, parameter), experts in targets.items()
+    }
 
 
-def stored_targets(targets: Iterable[PeftTarget], target_parameters: Iterable[str]) -> dict[str, PeftTarget]:
-    """Return the targets by the names of the modules in adapter_model.safetensors.
-
-    `target_parameters` is that of adapter_config.json; experts that it lacks are left out.
-    """
-    parameters = [f".{name}" for name in target_parameters]
-
-    def is_targeted(key: str) -> bool:
-        return f".{key}".endswith(tuple(parameters))
-
-    stored: dict[str, PeftTarget] = {}
-    for target in targets:
-        if target.parameter in (GATE_UP_NAME, DOWN_NAME) and not is_targeted(target.key):
-            continue
-        is_inner = target.parameter == GATE_UP_NAME and is_targeted(f"{target.module}.{DOWN_NAME}")
-        stored[f"{target.module}.base_layer" if is_inner else target.module] = target
-    return stored
+def model_sha256(read: Callable[[str], Tensor], names: Iterable[str]) -> str:
+    """Return the hash of the values of a model's exported tensors, whatever their dtypes and files."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(read(name).float().numpy().tobytes())
+    return digest.hexdigest()
