@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
@@ -22,8 +22,6 @@ from mhmoe_ray.checkpoint.huggingface.peft_layout import (
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.storage import read_file
-
-N = TypeVar("N", int, float)
 
 _NEUTRAL_KEYS = {
     "auto_mapping",
@@ -64,14 +62,15 @@ class PeftConfig(BaseModel):
 
     def rank_and_scale(self, key: str) -> tuple[int, float]:
         """Return the rank of the adapter of a target, and the factor of its B A."""
-        rank = _matching_value(self.rank_pattern or {}, key, self.r)
-        alpha = _matching_value(self.alpha_pattern or {}, key, self.lora_alpha)
+        rank = int(_matching_value(self.rank_pattern, key, self.r))
+        alpha = _matching_value(self.alpha_pattern, key, self.lora_alpha)
         return rank, alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def _matching_value(patterns: Mapping[re.Pattern[str], N], key: str, default: N) -> N:
+def _matching_value(patterns: Mapping[re.Pattern[str], float] | None, key: str, default: float) -> float:
     """Return the value of the first pattern that matches the end of a name, as PEFT does."""
-    return next((v for pattern, v in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern.pattern})", key)), default)
+    items = (patterns or {}).items()
+    return next((value for p, value in items if re.fullmatch(rf"(.*\.)?({p.pattern})", key)), default)
 
 
 def model_folder(source: Path, download: Callable[[str], Path] = settings_folder) -> Path:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhmoe_kernels import widen
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS
 from mhmoe_ray.checkpoint.huggingface.adapters.mixture import MixtureAdapter
 
@@ -41,8 +42,7 @@ class LowRankTerm(NamedTuple):
 
     def add_to(self, weight: Tensor) -> Tensor:
         """Return the sum of a matrix and this term, computed in float32 or wider, in the dtype of the matrix."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(dtype) + self.b.to(dtype) @ self.a.to(dtype) * self.scale).to(weight.dtype)
+        return (widen(weight) + widen(self.b) @ widen(self.a) * self.scale).to(weight.dtype)
 
 
 class PeftTarget(NamedTuple):
