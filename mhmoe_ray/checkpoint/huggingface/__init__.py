@@ -8,9 +8,9 @@ files.py                safetensors files, read and written one layer at a time
 tokenizer.py            tokenizer.json and tokenizer_config.json for other tools
 model_card.py           README.md of an exported folder
 export.py               `mhmoe ckpt export`: write a checkpoint to such a folder
-peft_layout.py          names and tensors of adapters in PEFT's layout
-peft_export.py          `mhmoe ckpt export`: write the adapter of a checkpoint in this layout
-peft_import.py          read an adapter in this layout, to be merged into its base
+peft_config.py          adapter_config.json of adapters in PEFT's layout, and their bases
+peft_layout.py          names and tensors of such adapters, read from a folder or encoded
+peft_export.py          `mhmoe ckpt export` of a checkpoint with an adapter
 imported_tokenizer.py   tokenizer and chat template of a folder that is imported
 import_.py              `mhmoe ckpt import`: create a run directory with one checkpoint from such a folder
 load.py                 load a model from such a folder, without an import

@@ -20,8 +20,8 @@ from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import (
     read_folder_tokenizer,
 )
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
-from mhmoe_ray.checkpoint.huggingface.peft_import import model_folder, read_adapter
-from mhmoe_ray.checkpoint.huggingface.peft_layout import LowRankTerm
+from mhmoe_ray.checkpoint.huggingface.peft_config import model_folder
+from mhmoe_ray.checkpoint.huggingface.peft_layout import LowRankTerm, read_adapter
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest, checkpoint_name, commit
 from mhmoe_ray.data.chat.process import ChatTemplateError
 from mhmoe_ray.data.chat.template import EXCHANGES, ChatTemplate

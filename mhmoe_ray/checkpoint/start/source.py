@@ -7,7 +7,7 @@ from mhmoe_ray.checkpoint.find import find_run_or_checkpoint, no_checkpoint_erro
 from mhmoe_ray.checkpoint.huggingface.config import CONFIG, is_adapter_folder, read_config
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX, pinned_source, settings_folder
 from mhmoe_ray.checkpoint.huggingface.imported_tokenizer import read_chat_template, read_folder_tokenizer
-from mhmoe_ray.checkpoint.huggingface.peft_import import model_folder
+from mhmoe_ray.checkpoint.huggingface.peft_config import model_folder
 from mhmoe_ray.checkpoint.manifest import MANIFEST, CheckpointManifest, newest_checkpoint, stored_manifest
 from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
 from mhmoe_ray.data.shards.manifest import TOKENIZER_FILE

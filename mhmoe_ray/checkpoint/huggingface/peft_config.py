@@ -1,24 +1,15 @@
-"""Import of adapters that PEFT made: read a folder in its layout as low-rank terms of its base's matrices."""
+"""adapter_config.json of adapters in PEFT's layout, and the base that it names."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from mhmoe_ray.checkpoint.huggingface.config import ADAPTER_CONFIG, error_text, is_adapter_folder
-from mhmoe_ray.checkpoint.huggingface.files import StoredTensors, open_tensors, report_read_errors
 from mhmoe_ray.checkpoint.huggingface.hub import PREFIX as HUB_PREFIX
 from mhmoe_ray.checkpoint.huggingface.hub import settings_folder
-from mhmoe_ray.checkpoint.huggingface.peft_layout import (
-    ADAPTER_WEIGHTS,
-    BASE_SHA256,
-    LowRankTerm,
-    model_sha256,
-    peft_targets,
-    tensor_names,
-)
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.parsing import ParseError, parse_object
 from mhmoe_ray.storage import read_file
@@ -80,7 +71,7 @@ def model_folder(source: Path, download: Callable[[str], Path] = settings_folder
     """
     if not is_adapter_folder(source):
         return source
-    config = _read_config(source)
+    config = read_peft_config(source)
     base = config.base_model_name_or_path or ""
     if base and Path(base).is_dir():
         return Path(base)
@@ -90,52 +81,7 @@ def model_folder(source: Path, download: Callable[[str], Path] = settings_folder
     raise CheckpointError(f"folder {source}", reason, f"correct base_model_name_or_path in its {ADAPTER_CONFIG}")
 
 
-def read_adapter(source: Path, model_type: str, base: StoredTensors, names: Iterable[str]) -> dict[str, LowRankTerm]:
-    """Return the terms of an adapter's folder, by the exported names of the matrices; none for a model's folder.
-
-    `names` are those of all tensors of the base, in the order of the model. An adapter of another kind, shape or base,
-    or one that changes nothing, is a CheckpointError.
-    """
-    if not is_adapter_folder(source):
-        return {}
-    config, subject, names = _read_config(source), f"folder {source}", list(names)
-    matrices = [name for name in names if name.endswith(".weight") and len(base.shape(name)) == 2]
-    targets = peft_targets(model_type, matrices, config.target_parameters or ())
-    terms: dict[str, LowRankTerm] = {}
-    with (
-        report_read_errors(subject, "repair its disk, or get the folder again"),
-        open_tensors(source, ADAPTER_WEIGHTS) as stored,
-    ):
-        known_names = {name for module in targets for name in tensor_names(module)}
-        if unknown_names := sorted(stored.names - known_names):
-            reason = f"{unknown_names[0]} adapts nothing that is known in a {model_type}"
-            raise CheckpointError(subject, reason, "merge it with PEFT")
-        base_sha256 = stored.metadata.get(BASE_SHA256)
-        if base_sha256 and base_sha256 != model_sha256(base.read, names):
-            reason = f"{config.base_model_name_or_path} has other weights than the base that the adapter was trained on"
-            raise CheckpointError(subject, reason, f"correct base_model_name_or_path in its {ADAPTER_CONFIG}")
-        for module, target in targets.items():
-            adapter_names = [name for name in tensor_names(module) if name in stored.names]
-            if not adapter_names:
-                continue
-            if len(adapter_names) == 1:
-                raise CheckpointError(subject, f"{module} lacks one of lora_A and lora_B", "get the folder again")
-            rank, scale = config.rank_and_scale(target.key)
-            row_counts, widths = zip(*map(base.shape, target.stack[0]), strict=True)
-            all_ranks = rank * len(target.stack)
-            shapes = [stored.shape(name) for name in adapter_names if stored.dtype(name)]
-            expected = [(all_ranks, widths[0]), (sum(row_counts), all_ranks)]
-            if shapes != expected:
-                reason = f"{module} has matrices of shapes {shapes}, and its rank and its base need {expected}"
-                raise CheckpointError(subject, reason, "use the base that the adapter was made for")
-            a, b = map(stored.read, adapter_names)
-            terms |= target.decode(a, b, scale)
-    if not any(term.b.any() for term in terms.values()):
-        raise CheckpointError(subject, "its adapter changes nothing, because all its matrices B are zero", "train it")
-    return terms
-
-
-def _read_config(source: Path) -> PeftConfig:
+def read_peft_config(source: Path) -> PeftConfig:
     """Return the content of adapter_config.json; a kind of adapter that is not computed here is a CheckpointError."""
     subject = f"folder {source}"
     try:
