@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_ray.checkpoint.huggingface.adapters import ADAPTERS, computed_function
-from mhmoe_ray.checkpoint.huggingface.config import CONFIG, read_config
+from mhmoe_ray.checkpoint.huggingface.config import CONFIG, is_adapter_folder, read_config
 from mhmoe_ray.checkpoint.huggingface.files import open_tensors
 from mhmoe_ray.checkpoint.huggingface.names import TensorEntry, tensor_entries
 from mhmoe_ray.checkpoint.load import WeightsReader
@@ -49,7 +49,7 @@ class StoredModel(NamedTuple):
 @contextmanager
 def open_model(location: Location) -> Iterator[StoredModel]:
     """Open a run's checkpoint or a folder in Hugging Face's layout; CheckpointError if the model cannot be read."""
-    if isinstance(location, Path) and (location / CONFIG).is_file():
+    if isinstance(location, Path) and ((location / CONFIG).is_file() or is_adapter_folder(location)):
         with _open_folder(location) as stored_model:
             yield stored_model
     else:
