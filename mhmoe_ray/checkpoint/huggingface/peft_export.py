@@ -42,9 +42,9 @@ def export_checkpoint(
     """
     subject = f"checkpoint {checkpoint}"
     if (merge or base) and manifest.adapter is None:
-        raise CheckpointError(subject, "it has no adapter", "leave out --merge and --base")
+        raise CheckpointError(subject, "it has no adapter", "export it without merge and base")
     if merge and base:
-        raise CheckpointError(subject, "a merged model needs no base beside it", "leave out --merge or --base")
+        raise CheckpointError(subject, "a merged model needs no base beside it", "leave out one of merge and base")
     check_exportable(checkpoint, manifest)
     if manifest.adapter is None:
         return export(checkpoint, manifest, target)
@@ -118,7 +118,9 @@ def _start_model(run: RunDir) -> str:
         if is_folder or ancestor.name.startswith(HUB_PREFIX):
             return ancestor.name
     reason = "the model that it started from is in no folder that PEFT could load"
-    fix = f"export the base (`mhmoe ckpt export {run.id}@0 --to BASE`) and add `--base BASE`, or use --merge"
+    endings = ("@0 --to BASE", " --base BASE --to ADAPTER", " --merge --to MODEL")
+    base_command, adapter_command, merge_command = (f"`mhmoe ckpt export {run.id}{ending}`" for ending in endings)
+    fix = f"export the base too ({base_command}, then {adapter_command}), or the sums of both ({merge_command})"
     raise CheckpointError(f"adapter of {run.id}", reason, fix)
 
 

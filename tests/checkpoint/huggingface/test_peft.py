@@ -303,13 +303,13 @@ def test_what_cannot_be_exported_is_refused(adapter_run, tmp_path):
     other_base = export_base(make_adapter_run(tmp_path, SPECS["olmoe"]), tmp_path / "other")
     plain_run = make_run(tmp_path, MIXTRAL)
     for case_run, options, reason in (
-        (run, {}, r"in no folder that PEFT could load; export the base .*--base BASE"),
+        (run, {}, r"in no folder that PEFT could load; .*@0 --to BASE`.* --base BASE .* --merge "),
         (run, {"base": other_base}, "is not the base of the adapter, but differs in model"),
         (run, {"base": tmp_path / "nowhere"}, "nowhere: its config.json cannot be read"),
-        (run, {"base": base, "merge": True}, "leave out --merge or --base"),
+        (run, {"base": base, "merge": True}, "leave out one of merge and base"),
         (idle_run, {"base": base}, "its adapter changes nothing"),
         (idle_run, {"merge": True}, "its adapter changes nothing"),
-        (plain_run, {"merge": True}, "it has no adapter; leave out --merge and --base"),
+        (plain_run, {"merge": True}, "it has no adapter; export it without merge and base"),
     ):
         assert_refused(lambda run=case_run, options=options: Run(run).export(tmp_path / "out", **options), reason)
     assert not (tmp_path / "out").exists()
