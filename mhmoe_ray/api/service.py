@@ -23,6 +23,7 @@ from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.config import adapter_paths, application_config, set_adapters
+from mhmoe_ray.serving.vllm.options import check_options
 from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.terminal import Activity
@@ -61,8 +62,8 @@ def serve(
             `runs`.
         address: a Ray cluster: the URL of its dashboard, or its name; None for the default cluster.
         wait: whether to wait until the application answers requests.
-        trust_run: whether to use `cluster.runtime_env`, `serve.host`, `serve.keys` and `serve.cors_origins` of a run
-            that somebody else submitted. By default they are ignored, with a note.
+        trust_run: whether to use `cluster.runtime_env`, `serve.host`, `serve.keys`, `serve.cors_origins` and
+            `serve.vllm` of a run that somebody else submitted. By default they are ignored, with a note.
         on_note: callback that gets lines of text about the progress.
 
     Raises:
@@ -81,6 +82,7 @@ def serve(
         trust_run,
     )
     settings = with_environment_keys(spec.serve)
+    check_options(settings.vllm)
     if settings.host not in ("127.0.0.1", "localhost", "::1") and not settings.keys:
         on_note(
             f"warning: any client that reaches {settings.host}:{settings.port} may send requests; set serve.keys or "

@@ -111,7 +111,7 @@ TrustOption = Annotated[
     bool,
     typer.Option(
         "--trust-run",
-        help="Use cluster.runtime_env, serve.host, serve.keys and serve.cors_origins of a run that you did not submit.",
+        help="Use cluster.runtime_env and serve.host, keys, cors_origins and vllm of a run that you did not submit.",
     ),
 ]
 DetachOption = Annotated[bool, typer.Option("--detach", help="Do not follow the job; it goes on by itself.")]

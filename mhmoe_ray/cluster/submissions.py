@@ -18,7 +18,7 @@ from mhmoe_ray.storage import read_file
 
 FILE = "submissions.json"
 ENVIRONMENT_KEY = "cluster.runtime_env"
-GUARDED_KEYS = (ENVIRONMENT_KEY, "serve.host", "serve.keys", "serve.cors_origins")
+GUARDED_KEYS = (ENVIRONMENT_KEY, "serve.host", "serve.keys", "serve.cors_origins", "serve.vllm")
 """Keys of a spec that run code on a cluster, open a server to other machines, or give clients or pages access to it."""
 
 

@@ -149,14 +149,18 @@ class PromptEncoder:
         """Return how many start tokens `encode` put in front of a text to get `token_ids`: 1 or 0."""
         return int(self.adds_start or list(token_ids) == [self.start_token])
 
-    def encode_chat(self, template: ChatTemplate, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, template: ChatTemplate, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's next answer begins.
 
         They have a start token if the model was trained with one, even if the template lacks it. Messages that the
-        template does not accept are a ServeError.
+        template does not accept, or tools for which it has no place, are a ServeError.
         """
         try:
             prompt = template.render(messages)
+            if tools and prompt == (prompt := template.render(messages, tools=list(tools))):
+                raise ChatTemplateError("its chat template has no place for tools")
         except ChatTemplateError as e:
             raise ServeError("the messages", str(e), "send what the model's chat template takes") from e
         ids = self._encode_texts(prompt.split(SPELLING_MARK))

@@ -1,6 +1,6 @@
 """The `serve` section, for the Ray Serve application of a checkpoint, and all sections that a deployment reads."""
 
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -73,6 +73,9 @@ class ServeSpec(Section):
     """Number of vLLM's ranks on one node, each of which has a part of every layer. With GPUs, each rank has one GPU."""
     expert_parallel: bool = False
     """If true, each of vLLM's ranks has some of the experts. If false, each rank has a part of every expert."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine, such as {enable_prefix_caching: false}, in the spelling of its `EngineArgs`,
+    and `tool_call_parser`, the name of one of vLLM's parsers of tool calls."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")], str] = Field(default_factory=dict)
     """Adapters (`train.adapter`) of the served model, by the name with which requests ask for them as their `model`:
     RUN, RUN@STEP, or the folder of a checkpoint. Each was trained on weights equal to the served ones."""
@@ -120,6 +123,8 @@ class ServeSpec(Section):
         if (self.adapters or self.max_adapters) and not ENGINES[self.engine].has_adapters:
             engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_adapters)
             raise ValueError(f"engine {self.engine} serves no adapters: set engine: {engines}")
+        if self.vllm and self.engine != "vllm":
+            raise ValueError(f"vllm has arguments of vLLM's engine, and engine is {self.engine}: set engine: vllm")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise ValueError("expert_parallel divides experts among tensor_parallel ranks, and there is one rank")
         if self.gpus_per_replica not in (0, self.tensor_parallel):

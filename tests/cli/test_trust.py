@@ -187,12 +187,16 @@ def test_foreign_run_neither_runs_code_nor_opens_a_server(tmp_path, local_cluste
 
 def test_settings_that_the_user_submitted_are_trusted_in_any_run(tmp_path, own_home):
     spec = guarded_spec(make_run(tmp_path, MIXTRAL), tmp_path)
+    options = {"engine": "vllm", "vllm": {"worker_cls": "code.Worker"}}
+    spec = spec.model_copy(update={"serve": spec.serve.model_copy(update=options)})
     assert set(submissions.unrecorded_settings(spec)) == set(submissions.GUARDED_KEYS)
     assert submissions.unrecorded_settings(tiny_spec(tmp_path)) == {}
     submissions.record_settings(spec)
     assert submissions.unrecorded_settings(spec) == {}
     # Together they were submitted; a part of them was not.
-    closed_spec = spec.model_copy(update={"serve": spec.serve.model_copy(update={"keys": (), "cors_origins": ()})})
+    closed_spec = spec.model_copy(
+        update={"serve": spec.serve.model_copy(update={"keys": (), "cors_origins": (), "vllm": {}})}
+    )
     assert set(submissions.unrecorded_settings(closed_spec)) == {"cluster.runtime_env", "serve.host"}
     assert "PYTHONPATH" not in (submissions.state_folder() / submissions.FILE).read_text()
 

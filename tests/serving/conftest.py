@@ -65,12 +65,12 @@ def build_model(spec: ModelSpec = SPEC, local_experts: range | None = None) -> D
     return model
 
 
-def save_checkpoint(run: Path, step: int, model: Decoder) -> Path:
+def save_checkpoint(run: Path, step: int, model: Decoder, seq_len: int = SEQ_LEN) -> Path:
     """Write a checkpoint from one process, and return its folder."""
     checkpoint = run / "checkpoints" / checkpoint_name(step, 1)
     checkpoint.mkdir(parents=True)
     save_tensors(checkpoint / "weights", model.named_tensors())
-    commit_checkpoint(checkpoint, model.spec, seq_len=SEQ_LEN)
+    commit_checkpoint(checkpoint, model.spec, seq_len=seq_len)
     return checkpoint
 
 

@@ -50,12 +50,12 @@ def _end_process() -> None:
         _start_process()[0].communicate()
 
 
-def run_limited(arguments: tuple[Any, ...], method: str, messages: Any) -> Any:
+def run_limited(arguments: tuple[Any, ...], method: str, messages: Any, variables: dict[str, Any]) -> Any:
     """Return what a method of a `ChatTemplate` returns for messages; a ChatTemplateError if it exceeds a limit."""
     with _lock:
         process, requests, replies = _start_process()
         try:
-            pickle.dump((arguments, method, messages), requests)
+            pickle.dump((arguments, method, messages, variables), requests)
             requests.flush()
             reply = pickle.load(replies)
         except BaseException as e:

@@ -86,15 +86,15 @@ class RenderedConversation(NamedTuple):
 T = TypeVar("T")
 
 
-def _with_limits(method: "Callable[[ChatTemplate, Sequence[Message]], T]") -> "Callable[[ChatTemplate, Any], T]":
+def _with_limits(method: "Callable[..., T]") -> "Callable[..., T]":
     """Let a method mark the special tokens in messages and, for a template of others, run in its process."""
 
     @wraps(method)
-    def run_with_limits(template: "ChatTemplate", messages: Sequence[Message]) -> T:
-        messages = template._marked(messages)
+    def run_with_limits(template: "ChatTemplate", messages: Sequence[Message], **variables: Any) -> T:
+        messages, variables = template._marked(messages), template._marked(variables)
         if template._is_trusted:
-            return method(template, messages)
-        result: T = run_limited(template._texts, method.__name__, messages)
+            return method(template, messages, **variables)
+        result: T = run_limited(template._texts, method.__name__, messages, variables)
         return result
 
     return run_with_limits
@@ -123,7 +123,7 @@ class ChatTemplate:
         )
         self._environment.filters["tojson"] = _to_json
         self._environment.globals["raise_exception"] = _raise_template_error
-        # Templates may ask whether there are tools or documents; neither a server nor training has any.
+        # Templates may ask whether there are tools or documents; training has neither, and a server has no documents.
         self._variables = {"bos_token": start_text, "eos_token": end_text, "tools": None, "documents": None}
         try:
             self._template = self._environment.from_string(text, {"strftime_now": _format_now})
@@ -145,9 +145,12 @@ class ChatTemplate:
         return self._environment.from_string(self.text)
 
     @_with_limits
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt for the assistant's next answer; rejected messages raise ChatTemplateError."""
-        return self._render(self._template, messages, add_generation_prompt=True)
+    def render(self, messages: Sequence[Message], **variables: Any) -> str:
+        """Return the prompt for the assistant's next answer; rejected messages raise ChatTemplateError.
+
+        `variables`, such as `tools`, are further variables of the template.
+        """
+        return self._render(self._template, messages, add_generation_prompt=True, **variables)
 
     @_with_limits
     def render_conversation(self, messages: Sequence[Message]) -> RenderedConversation:
@@ -205,11 +208,11 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         marks: dict[str, str] = _NO_MARKS,
+        **variables: Any,
     ) -> str:
         try:
-            return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._variables, **marks
-            )
+            variables = {**self._variables, **variables, **marks}
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
         except MemoryError:
             raise
         # The template's code may raise any exception, such as a TypeError.
@@ -333,12 +336,13 @@ def answer_requests() -> None:
     template = lru_cache(maxsize=8)(ChatTemplate)
     with suppress(EOFError, BrokenPipeError):
         while True:
-            arguments, method, messages = pickle.load(sys.stdin.buffer)
+            arguments, method, messages, variables = pickle.load(sys.stdin.buffer)
             # The default action of SIGPROF ends the process, even amid a computation in C.
             signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS * (1 + len(messages) // 100))
             try:
-                reply = pickle.dumps(getattr(template(*arguments, is_trusted=True), method)(messages))
-                if len(reply) > MAX_TEXT_BYTES + MAX_GROWTH * len(pickle.dumps(messages)):
+                render = getattr(template(*arguments, is_trusted=True), method)
+                reply = pickle.dumps(render(messages, **variables))
+                if len(reply) > MAX_TEXT_BYTES + MAX_GROWTH * len(pickle.dumps((messages, variables))):
                     raise ChatTemplateError(f"it renders {len(messages)} messages as {len(reply):,} bytes")
             except ChatTemplateError as e:
                 reply = pickle.dumps(e)

@@ -5,16 +5,17 @@ import time
 import uuid
 from collections.abc import Sequence
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Response
 
 from mhmoe_ray.errors import ServeError
-from mhmoe_ray.serving.answer import AnswerPiece, ScoredText
+from mhmoe_ray.serving.answer import AnswerPiece, ScoredText, join_pieces
 from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.schema import (
     MAX_CHOICES,
+    CallMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -31,6 +32,7 @@ from mhmoe_ray.serving.api.schema import (
 )
 from mhmoe_ray.serving.api.service import CompletionService
 from mhmoe_ray.serving.api.stream import RESPONSE_DESCRIPTION, EventResponse
+from mhmoe_ray.serving.api.structured import AnswerPlan, StructuredChatRequest, plan_answer, template_messages
 from mhmoe_ray.serving.detokenizer import format_token
 from mhmoe_ray.serving.engine import Request
 
@@ -137,68 +139,106 @@ def _top_logprobs(score: ScoredText) -> dict[str, float]:
 
 def chat_router(service: CompletionService) -> APIRouter:
     """Return a router with the route POST /v1/chat/completions."""
-    routes = APIRouter()
+    routes, structures = APIRouter(), service.answerer.engine.structures
+    route = routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: RESPONSE_DESCRIPTION})
+    ClientOfKey = Annotated[Client, Depends(service.access.authenticate)]
+    if structures is None:
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion, responses={200: RESPONSE_DESCRIPTION})
-    async def chat(
-        request: ChatRequest, response: Response, client: Annotated[Client, Depends(service.access.authenticate)]
-    ) -> Response | ChatCompletion:
-        model = service.check_model(request.model)
-        max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
-        ids = await _encode_messages(service, request)
-        sampling = request.sampling_params(max_tokens, request.top_logprobs if request.logprobs else None)
-        engine_requests = [
-            (Request(ids, sampling.for_answer(choice), client=client.name, adapter=service.adapter(model)), 0)
-            for choice in range(request.n)
-        ]
-        answers = await service.start_answers(engine_requests, False, len(ids), client)
-        common_fields: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-        if request.stream:
-            started_choices = set[int]()
+        @route
+        async def chat(request: ChatRequest, response: Response, client: ClientOfKey) -> Response | ChatCompletion:
+            return await _answer_chat(service, request, response, client, AnswerPlan())
+    else:
 
-            def build_chunk(number: int, piece: AnswerPiece) -> ChatChunk:
-                # As in OpenAI's API, only the first chunk of a choice has the role.
-                role = None if number in started_choices else "assistant"
-                started_choices.add(number)
-                delta = ChatDelta(
-                    index=number, delta=ChatResponseMessage(role=role, content=piece.text), **_choice_fields(piece)
-                )
-                return ChatChunk(choices=[delta], **common_fields)
-
-            def build_usage_chunk() -> ChatChunk:
-                return ChatChunk(choices=[], usage=answers.usage, **common_fields)
-
-            include_usage = request.stream_options.include_usage
-            events = await answers.events(build_chunk, build_usage_chunk if include_usage else None)
-            return EventResponse(events, answers.headers)
-        response.headers.update(answers.headers)
-        choices = [
-            ChatChoice(
-                index=number, message=ChatResponseMessage(role="assistant", content=piece.text), **_choice_fields(piece)
-            )
-            for number, piece in enumerate(await answers.collect_pieces())
-        ]
-        return ChatCompletion(choices=choices, usage=answers.usage, **common_fields)
+        @route
+        async def chat_with_tools(
+            request: StructuredChatRequest, response: Response, client: ClientOfKey
+        ) -> Response | ChatCompletion:
+            return await _answer_chat(service, request, response, client, await plan_answer(request, structures))
 
     return routes
 
 
-async def _encode_messages(service: CompletionService, request: ChatRequest) -> tuple[int, ...]:
+async def _answer_chat(
+    service: CompletionService, request: ChatRequest, response: Response, client: Client, plan: AnswerPlan
+) -> Response | ChatCompletion:
+    model = service.check_model(request.model)
+    max_tokens = service.chat_max_tokens(request.max_completion_tokens, request.max_tokens)
+    ids = await _encode_messages(service, request, plan.tools)
+    sampling = request.sampling_params(max_tokens, request.top_logprobs if request.logprobs else None)
+    engine_requests = [
+        (
+            Request(
+                ids,
+                sampling.for_answer(choice),
+                client=client.name,
+                adapter=service.adapter(model),
+                structure=plan.structure,
+            ),
+            0,
+        )
+        for choice in range(request.n)
+    ]
+    answers = await service.start_answers(engine_requests, False, len(ids), client)
+    common_fields: dict[str, Any] = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+    }
+    if request.stream:
+        started_choices = set[int]()
+        unread_pieces: dict[int, list[AnswerPiece]] = {}
+
+        def build_chunk(number: int, piece: AnswerPiece) -> ChatChunk | None:
+            if plan.read:
+                # Calls can be told from text at the end of an answer, so such an answer is one chunk.
+                unread_pieces.setdefault(number, []).append(piece)
+                if not piece.finish_reason:
+                    return None
+                piece = join_pieces(unread_pieces[number])
+            # As in OpenAI's API, only the first chunk of a choice has the role.
+            role: Literal["assistant"] | None = None if number in started_choices else "assistant"
+            started_choices.add(number)
+            message, fields = _read_message(plan, piece, role)
+            return ChatChunk(choices=[ChatDelta(index=number, delta=message, **fields)], **common_fields)
+
+        def build_usage_chunk() -> ChatChunk:
+            return ChatChunk(choices=[], usage=answers.usage, **common_fields)
+
+        include_usage = request.stream_options.include_usage
+        events = await answers.events(build_chunk, build_usage_chunk if include_usage else None)
+        return EventResponse(events, answers.headers)
+    response.headers.update(answers.headers)
+    choices = []
+    for number, piece in enumerate(await answers.collect_pieces()):
+        message, fields = _read_message(plan, piece, "assistant")
+        choices.append(ChatChoice(index=number, message=message, **fields))
+    return ChatCompletion(choices=choices, usage=answers.usage, **common_fields)
+
+
+def _read_message(
+    plan: AnswerPlan, piece: AnswerPiece, role: Literal["assistant"] | None
+) -> tuple[CallMessage | ChatResponseMessage, dict[str, Any]]:
+    """Return the message of a piece of an answer, which may call tools, and the other fields of its choice."""
+    fields = _choice_fields(piece)
+    if plan.read and (message := plan.read(piece.text)):
+        return message, {**fields, "finish_reason": "tool_calls" if piece.finish_reason == "stop" else "length"}
+    return ChatResponseMessage(role=role, content=piece.text), fields
+
+
+async def _encode_messages(
+    service: CompletionService, request: ChatRequest, tools: Sequence[dict[str, Any]]
+) -> tuple[int, ...]:
     """Return the token ids of a conversation; messages that do not fit, or no chat template, are a RequestError."""
     template = service.answerer.template
     if template is None:
         message = "this model has no chat template, so it cannot answer conversations; use /v1/completions"
         raise RequestError(400, message, "messages", "no_chat_template")
-    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    messages = template_messages(request)
     # A thread encodes the messages, because a long conversation takes seconds and streams must go on meanwhile.
     try:
-        ids = await asyncio.to_thread(service.answerer.encode_chat, template, messages)
+        ids = await asyncio.to_thread(service.answerer.encode_chat, template, messages, tools)
     except ServeError as e:
-        raise RequestError(400, str(e), "messages") from e
+        raise RequestError(400, str(e), "tools" if tools else "messages") from e
     return await service.prompt_ids(ids, True, "messages")
 
 

@@ -87,13 +87,17 @@ def _field_path(location: Sequence[int | str], body: Any) -> str:
     return ".".join(map(str, (*path, name)))
 
 
+NEUTRAL_ERRORS = ("literal_error", "too_long", "too_short")
+"""Pydantic's errors of values that `NeutralFields` does not allow."""
+
+
 def _validation_error(error: RequestValidationError) -> RequestError:
     """Return the error that names the first wrong field, unsupported fields first."""
 
     def is_unsupported(error: dict[str, Any]) -> bool:
-        # A neutral field with a value of the right type has a value that would change something.
+        # A neutral field with another value than the allowed ones has a value that would change something.
         is_neutral = any(name in NeutralFields.model_fields for name in error["loc"][1:2])
-        return error["type"] == "extra_forbidden" or (is_neutral and not error["type"].endswith("_type"))
+        return error["type"] == "extra_forbidden" or (is_neutral and error["type"] in NEUTRAL_ERRORS)
 
     first_error = min(error.errors(), key=lambda e: not is_unsupported(e))
     # Pydantic's location of an error is ("body", field, index in a list, nested field).

@@ -270,22 +270,49 @@ class ChatResponseMessage(BaseModel):
     content: str
 
 
+class FunctionCall(BaseModel):
+    """Name of a called function, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """Call of a tool."""
+
+    index: int
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class CallMessage(BaseModel):
+    """A chat message of the assistant that calls tools."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[ToolCall]
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
 class ChatChoice(BaseModel):
     """One answer of a chat completion."""
 
     index: int
-    message: ChatResponseMessage
+    message: CallMessage | ChatResponseMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatDelta(BaseModel):
     """A piece of one answer of a streamed chat completion."""
 
     index: int
-    delta: ChatResponseMessage
+    delta: CallMessage | ChatResponseMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletion(BaseModel):

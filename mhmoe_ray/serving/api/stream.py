@@ -115,12 +115,14 @@ class Answers:
         return [join_pieces(pieces) for pieces in pieces_by_choice]
 
     async def events(
-        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
+        self,
+        build_chunk: Callable[[int, AnswerPiece], BaseModel | None],
+        build_usage_chunk: Callable[[], BaseModel] | None,
     ) -> AsyncGenerator[str]:
         """Wait for the first piece, and return the answers as server-sent events; an earlier failure is raised.
 
-        The events are chunks, the usage chunk if it has a builder, then [DONE] or, after a failure, an error body. The
-        caller must close the generator.
+        The events are chunks, none where the builder returns None, the usage chunk if it has a builder, then [DONE] or,
+        after a failure, an error body. The caller must close the generator.
         """
         events = self._events(build_chunk, build_usage_chunk)
         # The first event is empty and comes with the first piece. A failure before this piece is therefore raised here,
@@ -129,7 +131,9 @@ class Answers:
         return events
 
     async def _events(
-        self, build_chunk: Callable[[int, AnswerPiece], BaseModel], build_usage_chunk: Callable[[], BaseModel] | None
+        self,
+        build_chunk: Callable[[int, AnswerPiece], BaseModel | None],
+        build_usage_chunk: Callable[[], BaseModel] | None,
     ) -> AsyncGenerator[str]:
         """Yield an empty event once the first piece has arrived, then the events that `events` describes."""
         clock = asyncio.get_running_loop().time
@@ -150,7 +154,8 @@ class Answers:
                 if piece.finish_reason:
                     unfinished.discard(number)
                 is_last = not unfinished and build_usage_chunk is None
-                yield _format_event(build_chunk(number, joined_piece), self.headers if is_last else EMPTY)
+                if chunk := build_chunk(number, joined_piece):
+                    yield _format_event(chunk, self.headers if is_last else EMPTY)
 
         error: Exception | None = None
         try:
@@ -174,8 +179,12 @@ class Answers:
             # Pieces that still waited for their next chunk are sent, so that tokens that were computed before the
             # failure are not lost.
             for number, unsent_pieces in enumerate(pending_pieces):
-                if unsent_pieces and ((joined_piece := join_pieces(unsent_pieces)).text or joined_piece.scores):
-                    yield _format_event(build_chunk(number, joined_piece))
+                if (
+                    unsent_pieces
+                    and ((joined_piece := join_pieces(unsent_pieces)).text or joined_piece.scores)
+                    and (chunk := build_chunk(number, joined_piece))
+                ):
+                    yield _format_event(chunk)
             yield _format_event(error_body(error))
             return
         if build_usage_chunk:

@@ -24,6 +24,8 @@ from mhmoe_ray.serving.engine.request import (
     ServedEngine,
     ServedWeights,
     Stats,
+    Structure,
+    Structures,
     TextEngine,
 )
 from mhmoe_ray.serving.sampling import SamplingParams
@@ -40,5 +42,7 @@ __all__ = [
     "ServedEngine",
     "ServedWeights",
     "Stats",
+    "Structure",
+    "Structures",
     "TextEngine",
 ]

@@ -1,6 +1,6 @@
 """The interface of engines: requests with sampling parameters in, updates with token ids out, and statistics."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -71,6 +71,34 @@ class Stats:
         }
 
 
+class Structure(NamedTuple):
+    """A form that an answer must have, such as a JSON schema as `value`."""
+
+    kind: Literal["json", "json_object", "regex", "choice", "grammar"]
+    value: Any
+
+
+class Structures(Protocol):
+    """The interface of engines' structures of answers and calls of tools."""
+
+    @property
+    def has_tool_parser(self) -> bool:
+        """True if `parse_calls` can be used."""
+        ...
+
+    def check(self, structure: Structure) -> None:
+        """Raise ServeError for a structure that the engine cannot enforce."""
+        ...
+
+    def call_schema(self, tools: Sequence[dict[str, Any]], name: str | None, is_parallel: bool) -> Any:
+        """Return the JSON schema of the arguments of a named tool, or of a list of calls of any tools."""
+        ...
+
+    def parse_calls(self, text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[tuple[str, str]]]:
+        """Return the text before the calls of an answer, and each call's name and arguments."""
+        ...
+
+
 FinishReason = Literal["stop", "length"]
 """Reason of an answer's end: "stop" at a document's end or a stop string, "length" at a limit on tokens."""
 
@@ -85,6 +113,8 @@ class Request:
     """Client's name; clients take turns by tokens."""
     adapter: str = ""
     """Name of the adapter that answers; empty for the model alone."""
+    structure: Structure | None = None
+    """Form of the answer, for engines with `structures`."""
 
 
 class ScoredToken(NamedTuple):
@@ -150,6 +180,11 @@ class TextEngine(ServedEngine, Protocol):
 
 class Engine(TextEngine, Protocol):
     """The interface of engines of decoders."""
+
+    @property
+    def structures(self) -> Structures | None:
+        """Structures of answers; None if the engine only generates text."""
+        ...
 
     @property
     def adapters(self) -> Mapping[str, ServedWeights]:

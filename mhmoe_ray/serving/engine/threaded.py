@@ -10,7 +10,15 @@ from mhmoe_ray.checkpoint.manifest import read_manifest
 from mhmoe_ray.errors import MhmoeError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.engine.background import BackgroundEngine, RequestTimes
-from mhmoe_ray.serving.engine.request import AnswerUpdate, BusyError, EngineError, Request, ServedWeights, Stats
+from mhmoe_ray.serving.engine.request import (
+    AnswerUpdate,
+    BusyError,
+    EngineError,
+    Request,
+    ServedWeights,
+    Stats,
+    Structures,
+)
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -41,6 +49,8 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
     body `_run` and `_run_round`. `_run` also calls `_deliver_updates` without the lock, because only the thread adds
     pending updates.
     """
+
+    structures: Structures | None = None
 
     def __init__(self, seq_len: int, stop_token_ids: frozenset[int], spec: ServeSpec) -> None:
         super().__init__()

@@ -39,7 +39,9 @@ from mhmoe_ray.serving.engine.request import (
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, engine_options, write_folder
+from mhmoe_ray.serving.vllm.options import TOOL_PARSER
 from mhmoe_ray.serving.vllm.scheduler import PAUSED_FACTOR, SCHEDULERS
+from mhmoe_ray.serving.vllm.structures import VllmStructures, structured_params
 from mhmoe_ray.spec import ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -60,6 +62,8 @@ class _VllmRequest(RequestState):
 
 class VllmEngine(ThreadedEngine[_VllmRequest, None]):
     """An engine of a decoder that computes with vLLM."""
+
+    structures: VllmStructures | None = None
 
     def __init__(
         self,
@@ -118,10 +122,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         cache_tokens = spec.cache_tokens or spec.max_concurrency * self.seq_len
         with tempfile.TemporaryDirectory() as model_folder:
             write_folder(Path(model_folder), self._checkpoint, self._manifest, self._tokenizer_size)
-            config = EngineArgs(
+            own_options = dict(
                 model=model_folder,
                 load_format=LOAD_FORMAT,
-                skip_tokenizer_init=True,
                 dtype=spec.precision,
                 # A prompt of full length can only be scored, but vLLM needs room for a token after it.
                 max_model_len=self.seq_len + 1,
@@ -138,7 +141,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
                 enforce_eager=self._on_cpu,
                 worker_extension_cls="mhmoe_ray.serving.vllm.loader.WorkerExtension",
                 **engine_options(model, self._on_cpu, ranks, {field.name for field in fields(EngineArgs)}),
-            ).create_engine_config()
+            )
+            options = {name: value for name, value in spec.vllm.items() if name != TOOL_PARSER}
+            config = EngineArgs(**{**own_options, **options}).create_engine_config()
             config.scheduler_config.scheduler_cls = SCHEDULERS[config.scheduler_config.get_scheduler_cls()]
             engine = LLMEngine(
                 config,
@@ -147,6 +152,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
                 stat_loggers=[lambda *_: self._stat_logger],
                 multiprocess_mode=not self._on_cpu,
             )
+            self.structures = VllmStructures(config, engine.get_tokenizer(), spec.vllm.get(TOOL_PARSER))
             # vLLM compiles its sampler at the first use, which no client should wait for.
             engine.add_request("first", {"prompt_token_ids": [0]}, _vllm_params(WARMUP_REQUEST, max_new_tokens=2))
             while engine.has_unfinished_requests():
@@ -233,6 +239,8 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         self._running[state.vllm_id] = state
         try:
             params = _vllm_params(state.request, state.max_new_tokens, self._end_tokens(state.request))
+            if self.structures and state.request.structure and "json" in state.request.structure.kind:
+                params.logit_bias = {**(params.logit_bias or {}), **self.structures.json_biases}
             self._vllm.add_request(state.vllm_id, {"prompt_token_ids": list(state.request.prompt_ids)}, params)
         # vLLM refuses parameters with various exceptions, so all are caught. If vLLM itself is broken, its next step
         # fails too.
@@ -259,6 +267,10 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         for _ in tokens:
             self._record_token(state)
         finish_reason: FinishReason | None = None
+        if completion.finish_reason == "error":
+            state.is_finished = True
+            self._fail_request(state, EngineError("vLLM could not compile the structure of the answer"))
+            return
         if output.finished:
             finish_reason = "stop" if completion.finish_reason == "stop" and state.max_new_tokens else "length"
         if tokens or prompt_scores or finish_reason:
@@ -308,6 +320,7 @@ def _vllm_params(request: Request, max_new_tokens: int, end_tokens: frozenset[in
         detokenize=False,
         extra_args={"client": request.client},
         output_kind=RequestOutputKind.DELTA,
+        structured_outputs=structured_params(request.structure) if request.structure else None,
     )
 
 

