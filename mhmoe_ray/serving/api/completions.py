@@ -15,6 +15,7 @@ from mhmoe_ray.serving.api.access import Client
 from mhmoe_ray.serving.api.errors import RequestError
 from mhmoe_ray.serving.api.schema import (
     MAX_CHOICES,
+    CallDelta,
     CallMessage,
     ChatChoice,
     ChatChunk,
@@ -199,7 +200,8 @@ async def _answer_chat(
             role: Literal["assistant"] | None = None if number in started_choices else "assistant"
             started_choices.add(number)
             message, fields = _read_message(plan, piece, role)
-            return ChatChunk(choices=[ChatDelta(index=number, delta=message, **fields)], **common_fields)
+            delta = CallDelta.from_message(message) if isinstance(message, CallMessage) else message
+            return ChatChunk(choices=[ChatDelta(index=number, delta=delta, **fields)], **common_fields)
 
         def build_usage_chunk() -> ChatChunk:
             return ChatChunk(choices=[], usage=answers.usage, **common_fields)

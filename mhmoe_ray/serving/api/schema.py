@@ -280,10 +280,15 @@ class FunctionCall(BaseModel):
 class ToolCall(BaseModel):
     """Call of a tool."""
 
-    index: int
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+
+class IndexedToolCall(ToolCall):
+    """Call of a tool in a chunk of a stream, with its place among the calls of the answer."""
+
+    index: int
 
 
 class CallMessage(BaseModel):
@@ -292,6 +297,19 @@ class CallMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     tool_calls: list[ToolCall]
+
+
+class CallDelta(BaseModel):
+    """The content of a chunk with all tool calls of an answer."""
+
+    role: Literal["assistant"]
+    content: str | None
+    tool_calls: list[IndexedToolCall]
+
+    @classmethod
+    def from_message(cls, message: CallMessage) -> "CallDelta":
+        calls = [IndexedToolCall(index=i, **dict(call)) for i, call in enumerate(message.tool_calls)]
+        return cls(role=message.role, content=message.content, tool_calls=calls)
 
 
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
@@ -310,7 +328,7 @@ class ChatDelta(BaseModel):
     """A piece of one answer of a streamed chat completion."""
 
     index: int
-    delta: CallMessage | ChatResponseMessage
+    delta: CallDelta | ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
 

@@ -77,6 +77,8 @@ class EarlierCall(StrictRequest):
     id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: Annotated[int | None, Field(exclude=True)] = None
+    """Place of the call in a stream, which some clients send back; it has no effect."""
 
 
 class ToolMessage(ChatMessage):
@@ -196,7 +198,7 @@ def _required_calls(text: str, name: str | None) -> list[tuple[str, str]]:
 
 def _call_message(content: str, calls: list[tuple[str, str]]) -> CallMessage | None:
     tool_calls = [
-        ToolCall(index=i, id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=arguments))
-        for i, (name, arguments) in enumerate(calls)
+        ToolCall(id=f"call_{uuid.uuid4().hex[:24]}", function=FunctionCall(name=name, arguments=arguments))
+        for name, arguments in calls
     ]
     return CallMessage(role="assistant", content=content or None, tool_calls=tool_calls) if tool_calls else None

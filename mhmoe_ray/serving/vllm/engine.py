@@ -303,7 +303,8 @@ def _vllm_params(request: Request, max_new_tokens: int, end_tokens: frozenset[in
     return VllmSamplingParams(
         # vLLM generates at least one token. If the request only scores its prompt, this token is removed again.
         max_tokens=max(max_new_tokens, 1),
-        min_tokens=min(params.min_tokens, max_new_tokens),
+        # Before `min_tokens`, vLLM also forbids the tokenizer's end, which is an ordinary token if it ends nothing.
+        min_tokens=min(params.min_tokens, max_new_tokens) if end_tokens else 0,
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
