@@ -2,6 +2,7 @@
 
 app.py           the FastAPI application with all routes; it defines those for health, models, tokens and statistics
 pages.py         the web pages: page.html of a family at /, and chat.html at /chat, with page.css and page.js
+structured.py    tools and structured answers of conversations
 completions.py   /v1/completions and /v1/chat/completions
 access.py        API keys, rate limits, and the largest size of a request
 stream.py        merges, counts and streams the pieces of answers

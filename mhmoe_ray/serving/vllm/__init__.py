@@ -5,6 +5,8 @@ loader.py      the loader of a checkpoint's weights, and methods that are added 
 folder.py      checks that vLLM has layers for a model, and writes the model's configuration for vLLM
 model.py       the decoder and its multi-head mixture of experts in vLLM's layers
 engine.py      the engine
+options.py     arguments of vLLM that a spec passes on
+structures.py  structured answers, and calls of tools in answers
 scheduler.py   vLLM's schedulers with turns between clients
 
 All modules but plugin.py and folder.py import vLLM, which is not installed with this package. The extra `vllm` installs
