@@ -112,3 +112,20 @@ def test_client_with_few_short_requests_gets_them_as_if_alone():
     assert step_counts == [16, 16]
     # The other client goes on meanwhile, with as many tokens.
     assert 16 <= steps.tokens["many"] - tokens_before <= 5 * 35 + PREFILL_CHUNK
+
+
+def test_a_client_that_always_needs_few_tokens_slows_others_only_for_bursts():
+    steps, token_counts = Steps(), []
+    # Alone, it spends nothing of its burst.
+    steps.send("few", 5, 20, 400)
+    while steps.clients():
+        steps.run()
+    steps.send("many", 200, 100, 400)
+    for _ in range(4000):
+        if "few" not in steps.clients():
+            steps.send("few", 1, 20, 400)
+        token_counts.append(steps.run()["many"])
+    # In a slow step, the client with many requests gets as few tokens as the other.
+    slow_steps = [count <= 2 for count in token_counts]
+    assert sum(slow_steps[:900]) > 850
+    assert sum(slow_steps[2000:]) < 1200

@@ -147,7 +147,7 @@ class Scheduler:
             sequences.add(chunks[-1].sequence)
             return chunks[-1].length
 
-        self._waiting_queue.turns.share_step(clients, take)
+        self._waiting_queue.turns.share_step(clients, take, lambda client: self._waiting_queue.peek(client) is not None)
         return chunks
 
     def record_computed(self, chunk: TokenChunk) -> None:

@@ -58,7 +58,7 @@ class FairScheduler(Scheduler):
             budget -= tokens
             return int(tokens)
 
-        self._turns.share_step(list(pending), take)
+        self._turns.share_step(list(pending), take, lambda client: bool(pending[client]))
         return chosen_requests
 
 
