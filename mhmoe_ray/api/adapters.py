@@ -1,13 +1,15 @@
 """Find the adapters that a server answers with, beside the model that they adapt."""
 
+import re
 from collections.abc import Mapping
 from os import PathLike
 
-from mhmoe_ray.api.checkpoints import path_text, pick_checkpoint
+from mhmoe_ray.api.checkpoints import has_file, path_text, pick_checkpoint
 from mhmoe_ray.checkpoint.find import split_step
 from mhmoe_ray.checkpoint.manifest import MANIFEST, read_manifest, stored_manifest
 from mhmoe_ray.errors import ServeError
 from mhmoe_ray.runs.directory import RunDir, find_run
+from mhmoe_ray.spec.serve import ADAPTER_NAME
 from mhmoe_ray.storage import Location, location
 
 
@@ -15,18 +17,22 @@ def find_adapters(targets: Mapping[str, str | PathLike[str]], base: Location, ba
     """Return the checkpoint of each adapter by name: that of RUN or RUN@STEP, or a checkpoint's folder.
 
     Runs are looked for beside that of the checkpoint `base`, and none of the names may be its id. A run that is missing
-    is a RunError, a damaged checkpoint a CheckpointError, and a checkpoint without an adapter, or with one of other
-    weights than those of `base`, a ServeError.
+    is a RunError, and a damaged checkpoint a CheckpointError. A wrong name, a checkpoint without an adapter, and one
+    with an adapter of other weights than those of `base` are a ServeError.
     """
     if base_run.id in targets:
         raise ServeError(f"adapter {base_run.id}", "the served model itself has this name", "give it another name")
+    for name in targets:
+        if not re.fullmatch(ADAPTER_NAME, name):
+            reason = "a name has at most 40 letters, digits, dots, dashes and underscores"
+            raise ServeError(f"adapter {name!r}", reason, "give it another name")
     return {
         name: _find_adapter(name, path_text(target), base, base_run.path.parent) for name, target in targets.items()
     }
 
 
 def _find_adapter(name: str, target: str, base: Location, storage: Location) -> Location:
-    if (location(target) / MANIFEST).exists():
+    if has_file(location(target), MANIFEST):
         checkpoint = location(target).absolute()
         manifest = read_manifest(checkpoint, ("weights",), describe=None)
     else:

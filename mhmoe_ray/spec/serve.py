@@ -7,6 +7,9 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from mhmoe_ray.spec.base import Section
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 
+ADAPTER_NAME = r"^[A-Za-z0-9_.-]{1,40}$"
+"""Pattern of the names of adapters."""
+
 
 class KeySpec(Section):
     """Client that may send requests, identified by the SHA-256 hash of its API key.
@@ -76,7 +79,7 @@ class ServeSpec(Section):
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, such as {enable_prefix_caching: false}, in the spelling of its `EngineArgs`,
     and `tool_call_parser`, the name of one of vLLM's parsers of tool calls."""
-    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$")], str] = Field(default_factory=dict)
+    adapters: dict[Annotated[str, Field(pattern=ADAPTER_NAME)], str] = Field(default_factory=dict)
     """Adapters (`train.adapter`) of the served model, by the name with which requests ask for them as their `model`:
     RUN, RUN@STEP, or the folder of a checkpoint. Each was trained on weights equal to the served ones."""
     max_adapters: NonNegativeInt = 0

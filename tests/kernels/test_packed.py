@@ -11,9 +11,9 @@ from mhmoe_kernels.cpu import CpuLevel, cpu_level, is_x86
 from mhmoe_kernels.packed import PackedMatrix, PaddedMatrix, run_packed
 from tests.kernels.problems import make_problem
 
-MATRICES = [PackedMatrix, PaddedMatrix]
-PACKED_SIZES = [(96, 200), (32, 16), (64, 300), (1024, 4), (384, 8), (3, 200), (8, 1024)]
+PACKED_SIZES = [(384, 1024), (96, 200), (32, 16), (64, 300), (1024, 4), (384, 8), (3, 200), (8, 1024)]
 """Widths and outputs of matrices, with those of adapters of rank 3, 4 and 8."""
+PADDED_SIZES = [(96, 200), (200, 96)]
 FUNCTIONS = [Swiglu(), GeluSubln()]
 LEVELS = {torch.float32: CpuLevel.AVX2, torch.bfloat16: CpuLevel.AVX512_BF16}
 """Lowest CPU level at which each dtype is packed on an x86; on other CPUs, float32 is packed if torch has oneDNN."""
@@ -21,7 +21,13 @@ LEVEL_DTYPES = [dtype for dtype in LEVELS if (cpu_level() >= LEVELS[dtype] if is
 DTYPES = LEVEL_DTYPES if torch._C._has_mkldnn else []
 COUNTS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 100, 129, 300)
 
-pytestmark = [pytest.mark.cpu, pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")]
+# Padded matrices serve CPUs on which nothing is packed, so their tests run there too.
+MATRICES = [
+    pytest.param(PackedMatrix, marks=pytest.mark.skipif(not DTYPES, reason="oneDNN packs nothing here")),
+    PaddedMatrix,
+]
+
+pytestmark = pytest.mark.cpu
 
 
 def packed_experts(weights, matrix):
@@ -59,13 +65,13 @@ def test_packed_experts_match_reference(function, n, matrix):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("matrix", "width", "outputs"),
-    [*product(MATRICES, [384], [1024]), *((PackedMatrix, *sizes) for sizes in PACKED_SIZES)],
+    ("matrix", "sizes", "dtype"),
+    [*product([PackedMatrix], PACKED_SIZES, DTYPES), *product([PaddedMatrix], PADDED_SIZES, LEVELS)],
 )
 @torch.no_grad()
-def test_product_row_is_bitwise_independent_of_row_count(matrix, width, outputs, dtype, threads):
+def test_product_row_is_bitwise_independent_of_row_count(matrix, sizes, dtype, threads):
+    width, outputs = sizes
     g = torch.Generator().manual_seed(width)
     weight, bias = torch.randn(outputs, width, generator=g).to(dtype), torch.randn(outputs, generator=g)
     x = torch.randn(max(COUNTS), width, generator=g)

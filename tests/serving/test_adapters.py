@@ -183,6 +183,8 @@ def test_adapters_of_other_weights_are_refused(checkpoint, expert_parallel_check
         find_adapters({"ann": adapters["ann"]}, other_checkpoint, run)
     with pytest.raises(ServeError, match="has all weights of a model"):
         find_adapters({"ann": checkpoint}, checkpoint, run)
+    with pytest.raises(ServeError, match="a name has at most 40 letters"):
+        find_adapters({"a/b": adapters["ann"]}, checkpoint, run)
     with pytest.raises(ServeError, match="the served model itself has this name"):
         find_adapters({run.id: adapters["ann"]}, checkpoint, run)
 

@@ -91,6 +91,8 @@ class ToolMessage(ChatMessage):
 class StructuredChatRequest(ChatRequest):
     """A request for the next chat message, which may call tools or have a given form."""
 
+    # Fields with "type: ignore" allow more than those of the base class.
+
     messages: Annotated[list[ToolMessage], Field(min_length=1)]  # type: ignore[assignment]
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"  # type: ignore[assignment]

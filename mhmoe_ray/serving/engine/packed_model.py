@@ -102,7 +102,7 @@ class StepRows:
         return [(adapter, count * rows_per_token) for adapter, count in self._groups]
 
 
-class PackedLinear(nn.Module):
+class PackedLayer(nn.Module):
     """A linear layer, or a dense feed-forward layer, with packed matrices."""
 
     def __init__(self, function: RowFunction, rows: StepRows) -> None:
@@ -176,7 +176,7 @@ class PackedModel:
                 block.ffn = self._pack_feed_forward(block.ffn, f"{path}.ffn")  # type: ignore[assignment]  # called like it
         # With tied embeddings the model has no output layer, so one with the embedding's matrix is made.
         weight = (model.embedding if model.output is None else model.output).weight
-        output = PackedLinear(self._pack_matrix([MatrixPart("output.weight", len(weight))], weight, None), self.rows)
+        output = PackedLayer(self._pack_matrix([MatrixPart("output.weight", len(weight))], weight, None), self.rows)
         model.output = output  # type: ignore[assignment]  # called like a linear layer
 
     def pack_adapter(self, digest: bytes, parts: Iterable[AdapterPart]) -> ServedAdapter:
@@ -206,8 +206,8 @@ class PackedModel:
 
         return pack_layer(layer.function, weights, make_matrix)
 
-    def _pack_feed_forward(self, layer: FeedForward, path: str) -> PackedLinear:
-        return PackedLinear(self._pack_layer(layer, tuple(layer.parameters()), path, None), self.rows)
+    def _pack_feed_forward(self, layer: FeedForward, path: str) -> PackedLayer:
+        return PackedLayer(self._pack_layer(layer, tuple(layer.parameters()), path, None), self.rows)
 
     def _pack_experts(self, experts: Experts, path: str) -> PackedExperts:
         expert_weights = zip(*(p.unbind() for p in experts.parameters()), strict=True)
@@ -219,6 +219,6 @@ class PackedModel:
             child_path = f"{path}.{name}"
             if isinstance(child, nn.Linear):
                 part = MatrixPart(f"{child_path}.weight", child.out_features)
-                setattr(module, name, PackedLinear(self._pack_matrix([part], child.weight, child.bias), self.rows))
+                setattr(module, name, PackedLayer(self._pack_matrix([part], child.weight, child.bias), self.rows))
             else:
                 self._pack_linears(child, child_path)
