@@ -7,6 +7,7 @@
     search.py         the fastest settings that fit a cluster, by estimate
     placement.py      the nodes on which a run's ranks would be
     run.py            runs: submit, find, watch, stop, resume, evaluate, export and remove them
+    served_routes.py  compare the experts that a server reports with those of a checkpoint
     adapters.py       find the adapters that a server answers with beside a model
     attempts.py       start, stop and follow the attempts of a run, each of which is one job
     repetition.py     a check that a run can be resumed, by repeating its last steps

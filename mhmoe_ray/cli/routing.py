@@ -1,11 +1,13 @@
 """`mhmoe routing`: show to which experts a run routes its tokens."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.eval import evaluate
 from mhmoe_ray.cli.formats import format_figure
-from mhmoe_ray.cli.output import out, print_json, print_line, print_table, show_activity
+from mhmoe_ray.cli.output import out, print_json, print_line, print_note, print_table, show_activity
 
 if TYPE_CHECKING:
     from mhmoe_ray.runs.directory import RunDir
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 # Largest number of rows in the table of training metrics: enough for a trend, and few enough for one screen.
 CURVE_POINTS = 8
+SERVED_SAMPLES = 16
+"""Number of held-out samples that a server is asked about, by default."""
 
 
 def routing(
@@ -26,12 +30,17 @@ def routing(
     storage: options.StorageOption = options.STORAGE,
     address: options.AddressOption = None,
     json: options.JsonOption = False,
+    served: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Compare the experts that a server of the checkpoint reports with ours."),
+    ] = None,
 ) -> None:
     """Show how evenly a run's router loaded the experts in training, and where its checkpoint sends the tokens of its
     held-out text or any other text: loads, share of experts in use by threshold, how many experts a token's sub-tokens
     go to, how often heads agree, and how domains and languages, or images and texts, differ.
 
-    For example `mhmoe routing --text books/ --samples 100`.
+    For example `mhmoe routing --text books/ --samples 100`. With --served, the server answers prompts of held-out text,
+    and the experts of each sub-token are compared with those of training's forward pass.
     """
     show_activity("looking for the checkpoint")
     from mhmoe_ray.checkpoint.find import split_step
@@ -48,6 +57,12 @@ def routing(
     if not run_dir.is_imported and moe is None:
         # The evaluation could take minutes on the cluster, so this error comes first.
         raise dense_error
+    if served is not None:
+        if text or set_ or gpus or recompute or address:
+            reason = "it takes no other options than --samples, --checkpoint, --storage and --json"
+            raise typer.BadParameter(reason, param_hint="--served")
+        _compare_served(run_dir, checkpoint, served, samples or SERVED_SAMPLES, json)
+        return
     evaluation = evaluate(
         run_dir, checkpoint, recompute, address, text=text, overrides=set_, samples=samples, gpus=gpus
     )
@@ -66,6 +81,18 @@ def routing(
         _print_training(training)
     print_line(f"\n{run_dir.id}, {request.checkpoint}: {figures['tokens']:,} tokens of {request.description}")
     _print_figures(figures)
+
+
+def _compare_served(run_dir: "RunDir", checkpoint: str | int | None, url: str, samples: int, json: bool) -> None:
+    from mhmoe_ray.api.served_routes import compare_served_routes
+
+    name, agreements = compare_served_routes(run_dir, checkpoint, url, samples, print_note)
+    if json:
+        print_json({"run": run_dir.id, "checkpoint": name, "layers": [layer._asdict() for layer in agreements]})
+        return
+    print_line(f"{run_dir.id}, {name}: sub-tokens of prompts and answers, and their experts at {url}")
+    rows = [[str(number), *(f"{count:,}" for count in layer)] for number, layer in enumerate(agreements)]
+    print_table(["layer", "sub-tokens", "near ties", "of them different", "others different"], rows)
 
 
 def routing_figures(by_domain: "dict[str, Any]") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     request.py      the request for an evaluation, its stored result, and counts of routes
     score.py        scores of texts (loss, perplexity and bits per byte), of encoders and of vision models
+    served_routes.py  compares the experts that a server reports with those of the model
     decoder_figures.py  evaluates a decoder
     measure.py      cuts text into samples, and measures a model's losses and routes over them
     mixture.py      text of unknown domain, predicted by all experts of a DEMix model together

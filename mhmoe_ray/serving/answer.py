@@ -17,7 +17,16 @@ from mhmoe_ray.families import ModelKind
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.detokenizer import TextDecoder, TextStream, TokenBytes
-from mhmoe_ray.serving.engine import Engine, FinishReason, Request, ScoredToken, ServedEngine, ServedWeights, TextEngine
+from mhmoe_ray.serving.engine import (
+    Engine,
+    FinishReason,
+    Request,
+    ScoredToken,
+    ServedEngine,
+    ServedWeights,
+    TextEngine,
+    TokenRoutes,
+)
 from mhmoe_ray.serving.sampling import SamplingParams
 from mhmoe_ray.spec import ModelSpec
 
@@ -68,6 +77,8 @@ class AnswerPiece(NamedTuple):
     """Scores of the tokens since the last piece, if the request asks for them."""
     finish_reason: FinishReason | None = None
     """Reason why the answer ends; set on the last piece only."""
+    routes: tuple[TokenRoutes, ...] = ()
+    """Routes of computed tokens since the last piece, if the request asks for them."""
 
 
 def join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
@@ -77,6 +88,7 @@ def join_pieces(pieces: Sequence[AnswerPiece]) -> AnswerPiece:
         pieces[-1].token_count,
         tuple(score for piece in pieces for score in piece.scores),
         pieces[-1].finish_reason,
+        tuple(route for piece in pieces for route in piece.routes),
     )
 
 
@@ -251,14 +263,14 @@ class Answerer(ServedText):
                 # The engine does not know stop strings, so the answer ends here. Closing `updates` then aborts the
                 # request in the engine.
                 if stream.is_stopped:
-                    yield AnswerPiece(text, token_count, tuple(scores), "stop")
+                    yield AnswerPiece(text, token_count, tuple(scores), "stop", update.routes)
                     return
                 if update.finish_reason:
                     text += stream.finish()
                     finish_reason: FinishReason = "stop" if stream.is_stopped else update.finish_reason
-                    yield AnswerPiece(text, token_count, tuple(scores), finish_reason)
+                    yield AnswerPiece(text, token_count, tuple(scores), finish_reason, update.routes)
                     return
-                yield AnswerPiece(text, token_count, tuple(scores))
+                yield AnswerPiece(text, token_count, tuple(scores), routes=update.routes)
 
     def _decode_scores(self, scored_tokens: Sequence[ScoredToken], at_start: bool) -> Iterator[ScoredText]:
         """Yield the scores of consecutive tokens; `at_start` is True if at most special tokens precede them."""

@@ -8,7 +8,7 @@ import httpx
 from fastapi import FastAPI
 
 from mhmoe_ray.serving.answer import Answerer, AnswerPiece
-from mhmoe_ray.serving.engine import Engine, Request, SamplingParams, ScoredToken
+from mhmoe_ray.serving.engine import Engine, Request, SamplingParams, ScoredToken, TokenRoutes
 from mhmoe_ray.serving.engine.round_engine import RoundEngine
 
 
@@ -18,6 +18,7 @@ class Answer(NamedTuple):
     tokens: list[ScoredToken]
     prompt_scores: list[ScoredToken]
     finish_reason: str
+    routes: list[TokenRoutes]
 
 
 def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
@@ -27,9 +28,9 @@ def answer_all(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
         updates = [update async for update in engine.generate(request)]
         tokens = [scored for update in updates for scored in update.tokens]
         assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
-        return Answer(
-            tokens, [scored for update in updates for scored in update.prompt_scores], updates[-1].finish_reason
-        )
+        prompt_scores = [scored for update in updates for scored in update.prompt_scores]
+        routes = [route for update in updates for route in update.routes]
+        return Answer(tokens, prompt_scores, updates[-1].finish_reason, routes)
 
     async def gather_answers() -> list[Answer]:
         return await asyncio.gather(*map(answer_one, requests))

@@ -412,6 +412,9 @@ def test_unservable_checkpoint_fails_in_one_line(client, checkpoint):
     missing_checkpoint = checkpoint.with_name("step_00000099.1")
     good_config = application_config("tiny", checkpoint, TWO, "tiny-abc123")
     bad_config = application_config("missing", missing_checkpoint, SPEC, "missing")
+    # An earlier test may have replaced this application.
+    deploy([good_config])
+    wait_for_status("tiny", "RUNNING")
     deploy([good_config, {**bad_config, "route_prefix": "/missing"}])
     wait_for_status("missing", "DEPLOY_FAILED")
     reason = f"checkpoint {missing_checkpoint}: it has no readable manifest.json; use another checkpoint of the run"

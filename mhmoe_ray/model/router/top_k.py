@@ -149,18 +149,24 @@ class Router(BaseRouter):
         share_E = self.share_E if self.moe.balance_over == "step" else None
         return balance_loss(self.moe, routed, context.sequences, share_E)
 
+    def preferences(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of experts, and the preferences by which a row chooses the first of them."""
+        moe = self.moe
+        score_NE = logits_NE.softmax(-1) if moe.scoring == "softmax" else logits_NE.sigmoid()
+        # The bias affects only the choice; gates come from the scores themselves.
+        preference_NE = score_NE + self.bias_E if moe.bias_rate else score_NE
+        if moe.groups > 1:
+            # The choice has no gradient, so autograd need not record it.
+            preference_NE = mask_groups(preference_NE.detach(), moe.groups, moe.top_groups)
+        return score_NE, preference_NE
+
     def choose_experts(self, logits_NE: Tensor, top_k: TopK | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return `expert_NK` and `gate_NK` before routes are dropped, and the probabilities NE, scores scaled to a sum
         of 1. A row has K different experts; if it chooses fewer, other gates are 0."""
         top_k = top_k or TopK(self.moe.top_k)
         moe = self.moe
         is_softmax = moe.scoring == "softmax"
-        score_NE = logits_NE.softmax(-1) if is_softmax else logits_NE.sigmoid()
-        # The bias affects only the choice; gates come from the scores themselves.
-        preference_NE = score_NE + self.bias_E if moe.bias_rate else score_NE
-        if moe.groups > 1:
-            # The choice has no gradient, so autograd need not record it.
-            preference_NE = mask_groups(preference_NE.detach(), moe.groups, moe.top_groups)
+        score_NE, preference_NE = self.preferences(logits_NE)
         expert_NK = preference_NE.topk(top_k.largest, dim=-1).indices
         gate_NK = score_NE.gather(-1, expert_NK)
         chosen_NK = None if top_k.count_N is None else _chosen_mask(top_k, top_k.count_N)

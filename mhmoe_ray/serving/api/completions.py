@@ -29,6 +29,7 @@ from mhmoe_ray.serving.api.schema import (
     Completion,
     CompletionRequest,
     Logprobs,
+    Routes,
     Usage,
 )
 from mhmoe_ray.serving.api.service import CompletionService
@@ -61,7 +62,14 @@ def completions_router(service: CompletionService) -> APIRouter:
         scores_prompt = request.echo and request.logprobs is not None
         engine_requests = [
             (
-                Request(ids, sampling.for_answer(choice), scores_prompt, client.name, service.adapter(model)),
+                Request(
+                    ids,
+                    sampling.for_answer(choice),
+                    scores_prompt,
+                    client.name,
+                    service.adapter(model),
+                    return_routes=request.return_routes,
+                ),
                 added_count,
             )
             for (ids, added_count), choice in product(zip(prompts, added_tokens, strict=True), range(request.n))
@@ -96,7 +104,10 @@ class _ResponseBuilder:
     def build_choice(self, number: int, piece: AnswerPiece) -> Choice:
         """Return the choice with index `number`, with the next piece of its text or with all of it."""
         logprobs = self._offsets[number].logprobs(piece.scores) if piece.scores else None
-        return Choice(text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason)
+        routes = Routes.from_tokens(piece.routes)
+        return Choice(
+            text=piece.text, index=number, logprobs=logprobs, finish_reason=piece.finish_reason, routes=routes
+        )
 
 
 class _TextOffsets:
@@ -174,6 +185,7 @@ async def _answer_chat(
                 client=client.name,
                 adapter=service.adapter(model),
                 structure=plan.structure,
+                return_routes=request.return_routes,
             ),
             0,
         )
@@ -248,4 +260,5 @@ def _choice_fields(piece: AnswerPiece) -> dict[str, Any]:
     logprobs = (
         ChatLogprobs(content=[ChosenLogprob.from_score(score) for score in piece.scores]) if piece.scores else None
     )
-    return {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+    routes = Routes.from_tokens(piece.routes)
+    return {"logprobs": logprobs, "finish_reason": piece.finish_reason, "routes": routes}

@@ -5,12 +5,14 @@ conversation is a list of chat messages. A request with an undefined field is re
 example, would give another answer than the client requested.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from mhmoe_ray.serving.answer import ModelDetails, ScoredText
 from mhmoe_ray.serving.detokenizer import format_token
+from mhmoe_ray.serving.engine import TokenRoutes
 from mhmoe_ray.serving.sampling import (
     PLAIN_NUMBER,
     Bias,
@@ -101,6 +103,8 @@ class SamplingRequest(NeutralFields, CommonSampling):
     n: WholeNumber = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    return_routes: bool = False
+    """Whether each choice has the token ids of prompt and answer with the experts that they chose."""
 
     def sampling_params(self, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Return the parameters of choice 0 of a prompt; further choices get theirs by `SamplingParams.for_answer`."""
@@ -133,6 +137,23 @@ class Logprobs(BaseModel):
     text_offset: list[int]
 
 
+class Routes(BaseModel):
+    """Token ids of a prompt and its answer, without the answer's last token, and the experts of each token."""
+
+    token_ids: list[int]
+    experts: list[list[list[int]]]
+    """By token and layer with experts: those of all sub-tokens one after another, each sub-token's by preference."""
+
+    @classmethod
+    def from_tokens(cls, routes: Sequence[TokenRoutes]) -> "Routes | None":
+        """Return the routes of tokens; None without any."""
+        return cls(token_ids=[r.token for r in routes], experts=[r.experts for r in routes]) if routes else None
+
+
+OptionalRoutes = Annotated[Routes | None, Field(exclude_if=lambda routes: routes is None)]
+"""Routes of a choice; without them, the field is left out as in OpenAI's responses."""
+
+
 class Choice(BaseModel):
     """One answer of a completion, or a piece of it in a stream."""
 
@@ -140,6 +161,7 @@ class Choice(BaseModel):
     index: int
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
+    routes: OptionalRoutes = None
 
 
 class Usage(BaseModel):
@@ -322,6 +344,7 @@ class ChatChoice(BaseModel):
     message: CallMessage | ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    routes: OptionalRoutes = None
 
 
 class ChatDelta(BaseModel):
@@ -331,6 +354,7 @@ class ChatDelta(BaseModel):
     delta: CallDelta | ChatResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    routes: OptionalRoutes = None
 
 
 class ChatCompletion(BaseModel):

@@ -159,6 +159,9 @@ class CompletionService(TextService[Answerer]):
         if len(engine_requests) > (max_choices := self.spec.max_concurrency + self.spec.max_waiting):
             message = f"{len(engine_requests)} choices are more than the {max_choices} that this server takes at a time"
             raise RequestError(400, message, "n")
+        if engine_requests[0][0].return_routes and not self.answerer.engine.returns_routes:
+            message = f"'return_routes': the engine {self.spec.engine} or a model without experts has no routes"
+            raise RequestError(400, message, "return_routes", "unsupported_parameter")
         await self.begin_request(client)
         prompts = (engine_request.prompt_ids[added_tokens:] for engine_request, added_tokens in engine_requests)
         self.log_prompts(client, prompts)

@@ -27,6 +27,7 @@ from mhmoe_ray.serving.engine.request import (
     Structure,
     Structures,
     TextEngine,
+    TokenRoutes,
 )
 from mhmoe_ray.serving.sampling import SamplingParams
 
@@ -45,4 +46,5 @@ __all__ = [
     "Structure",
     "Structures",
     "TextEngine",
+    "TokenRoutes",
 ]

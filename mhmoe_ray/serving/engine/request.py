@@ -115,6 +115,13 @@ class Request:
     """Name of the adapter that answers; empty for the model alone."""
     structure: Structure | None = None
     """Form of the answer, for engines with `structures`."""
+    return_routes: bool = False
+    """Whether updates have the experts of each token, for engines that return routes."""
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """True if the model has to compute all tokens of the prompt, even those in the KV cache."""
+        return self.prompt_logprobs or self.return_routes
 
 
 class ScoredToken(NamedTuple):
@@ -129,6 +136,14 @@ class ScoredToken(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
+class TokenRoutes(NamedTuple):
+    """A token with the experts that its sub-tokens chose."""
+
+    token: int
+    experts: list[list[int]]
+    """For each layer with experts, those of all sub-tokens one after another, each sub-token's by preference."""
+
+
 class AnswerUpdate(NamedTuple):
     """The next part of an answer: new tokens, scores of the prompt, or the end."""
 
@@ -136,6 +151,9 @@ class AnswerUpdate(NamedTuple):
     prompt_scores: tuple[ScoredToken, ...] = ()
     """Scores of all tokens of the prompt, reported once if requested."""
     finish_reason: FinishReason | None = None
+    routes: tuple[TokenRoutes, ...] = ()
+    """Routes of the tokens that the model computed since the last update: of the prompt first, then of the answer. The
+    last token of an answer is never computed."""
 
 
 class ServedWeights(NamedTuple):
@@ -180,6 +198,11 @@ class TextEngine(ServedEngine, Protocol):
 
 class Engine(TextEngine, Protocol):
     """The interface of engines of decoders."""
+
+    @property
+    def returns_routes(self) -> bool:
+        """True if requests may ask for routes."""
+        ...
 
     @property
     def structures(self) -> Structures | None:

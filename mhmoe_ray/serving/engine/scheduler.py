@@ -16,7 +16,7 @@ from typing import NamedTuple
 from mhmoe_ray.serving.engine.block_pool import BLOCK_SIZE, BlockPool, count_blocks, next_block_hash
 from mhmoe_ray.serving.engine.fair_queue import FairQueue, TokenTurns, slots_of_client
 from mhmoe_ray.serving.engine.packed_model import ServedAdapter
-from mhmoe_ray.serving.engine.request import Request, ScoredToken
+from mhmoe_ray.serving.engine.request import Request, ScoredToken, TokenRoutes
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState
 
 # This is a multiple of the block size, because the KV cache shares whole blocks between requests, and a prompt reuses
@@ -40,6 +40,8 @@ class Sequence(RequestState):
         """Number of tokens at the start whose keys and values are in the cache."""
         self.block_ids: list[int] = []
         self.prompt_scores: list[ScoredToken] = []
+        self.routes: list[TokenRoutes] = []
+        """Routes of computed tokens, for the next update."""
         self._hashed_blocks, self._last_hash = 0, self.root_hash
 
     @property
@@ -161,9 +163,8 @@ class Scheduler:
         sequence = self._waiting_queue.peek(client)
         assert sequence is not None
         matching_blocks: list[int] = []
-        # A request that asks for scores of its prompt reuses no blocks, because the scores need the logits of all
-        # tokens of the prompt, which only computing these tokens gives.
-        if not sequence.request.prompt_logprobs:
+        # Scores and routes of a prompt need all its tokens to be computed, so such a request reuses no blocks.
+        if not sequence.request.needs_all_tokens:
             # The last token is always computed, because its logits give the first token of the answer.
             matching_blocks = self.pool.match_prefix(sequence.token_ids[:-1], sequence.root_hash)
             matching_blocks = matching_blocks[

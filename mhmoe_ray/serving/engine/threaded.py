@@ -51,6 +51,7 @@ class ThreadedEngine(BackgroundEngine, Generic[T, A]):
     """
 
     structures: Structures | None = None
+    returns_routes = False
 
     def __init__(self, seq_len: int, stop_token_ids: frozenset[int], spec: ServeSpec) -> None:
         super().__init__()

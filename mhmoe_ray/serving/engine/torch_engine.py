@@ -19,7 +19,15 @@ from mhmoe_ray.model.feedforward import matrix_names
 from mhmoe_ray.serving.engine.block_pool import BlockPool, count_blocks
 from mhmoe_ray.serving.engine.packed_model import PackedModel, ServedAdapter
 from mhmoe_ray.serving.engine.paged_cache import PagedCache, PagedChunk, PagedStep
-from mhmoe_ray.serving.engine.request import AnswerUpdate, EngineError, Request, ScoredToken, ServedWeights, Stats
+from mhmoe_ray.serving.engine.request import (
+    AnswerUpdate,
+    EngineError,
+    Request,
+    ScoredToken,
+    ServedWeights,
+    Stats,
+    TokenRoutes,
+)
 from mhmoe_ray.serving.engine.sampler import Sampler, score_tokens
 from mhmoe_ray.serving.engine.scheduler import Scheduler, Sequence, TokenChunk
 from mhmoe_ray.serving.engine.threaded import Deliver, ThreadedEngine
@@ -64,7 +72,7 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
         self._cache = PagedCache(model.spec, self._pool.size, _matrix_type(spec), self._device)
         self._scheduler = Scheduler(self._pool, spec.max_concurrency, PREFILL_BUDGET[self._device.type], seq_len)
         self._samplers: dict[Sequence, Sampler] = {}
-        moe = model.spec.moe
+        moe, self.returns_routes = model.spec.moe, model.spec.moe_layers > 0
         self._count_LE = torch.zeros(model.spec.moe_layers, moe.experts if moe else 0, dtype=torch.long)
         self._thread.start()
 
@@ -124,12 +132,16 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
 
         A request whose next token cannot be sampled ends alone with an error.
         """
-        logits_RV = self._compute_logits(chunks)
+        logits_RV, expert_LTK = self._compute_logits(chunks)
         best_tokens = logits_RV.argmax(-1).tolist()
-        row_end = 0
+        row_end = token_end = 0
         for chunk in chunks:
             sequence, row_count = chunk.sequence, _count_logits(chunk)
-            row_end += row_count
+            row_end, token_end = row_end + row_count, token_end + chunk.length
+            if sequence.request.return_routes:
+                token_ids = sequence.token_ids[chunk.start : chunk.start + chunk.length]
+                experts = expert_LTK[:, token_end - chunk.length : token_end].transpose(0, 1).tolist()
+                sequence.routes += map(TokenRoutes, token_ids, experts)
             # The request has ended already if an earlier chunk of its sequence failed in this step.
             if sequence not in self._samplers:
                 continue
@@ -153,8 +165,11 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
             if update:
                 sequence.deliver(update)
 
-    def _compute_logits(self, chunks: list[TokenChunk]) -> Tensor:
-        """Return the logits that are needed, for ids with a token: float32, in CPU memory."""
+    def _compute_logits(self, chunks: list[TokenChunk]) -> tuple[Tensor, Tensor]:
+        """Return the logits that are needed, for ids with a token, and the experts LTK of all tokens, in CPU memory.
+
+        Logits are float32. Experts are empty if no request needs them.
+        """
         paged_chunks = [PagedChunk(p.sequence.block_ids, p.start, p.length, _count_logits(p)) for p in chunks]
         step = PagedStep(self._cache, paged_chunks)
         token_1T = torch.zeros(1, step.padded_count, dtype=torch.long)
@@ -174,7 +189,12 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
         self._stats.steps += 1
         self._stats.step_tokens += step.token_count
         logits_RV: Tensor = output.logits_BTV[0, : step.logit_count, : self._tokenizer_size].float().cpu()
-        return logits_RV
+        expert_LTK = torch.empty(0)
+        if any(chunk.sequence.request.return_routes for chunk in chunks):
+            expert_LTK = torch.stack(
+                [routing.expert_NK.view(step.padded_count, -1) for routing in output.routing]
+            ).cpu()
+        return logits_RV, expert_LTK
 
     def _build_update(self, chunk: TokenChunk, logits_RV: Tensor, best_token: int) -> AnswerUpdate | None:
         """Sample the token that follows a chunk, and return the update; None if the prompt has further chunks.
@@ -187,12 +207,13 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
         if not chunk.is_last:
             return None
         prompt_scores = () if sequence.answer_tokens else tuple(sequence.prompt_scores)
+        routes, sequence.routes = tuple(sequence.routes), []
         # A request without new tokens only scores its prompt.
         if not sequence.max_new_tokens:
-            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="length")
+            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="length", routes=routes)
         token = self._samplers[sequence].sample(logits_RV[-1], best_token)
         if token in self._end_tokens(request):
-            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="stop")
+            return AnswerUpdate(prompt_scores=prompt_scores, finish_reason="stop", routes=routes)
         scored_tokens = (
             [ScoredToken(token)]
             if request.sampling_params.logprobs is None
@@ -202,6 +223,7 @@ class TorchEngine(ThreadedEngine[Sequence, ServedAdapter]):
             tuple(scored_tokens),
             prompt_scores,
             "length" if sequence.answer_tokens + 1 == sequence.max_new_tokens else None,
+            routes,
         )
 
 
