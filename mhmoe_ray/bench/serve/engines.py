@@ -29,17 +29,23 @@ class ContestModel(NamedTuple):
     threads: int
     max_requests: int
     """Largest number of requests at a time."""
+    ranks: int = 1
+    """Ranks of vLLM, which share each layer and the threads."""
+    temperature: float = 0
+    """Temperature of our engines' sampling; 0 is greedy sampling."""
+    top_p: float = 1
 
     def serve_spec(self, engine: str) -> ServeSpec:
         """Return a spec to serve the model with our engine `torch` or `vllm`."""
-        sizes = {"max_concurrency": self.max_requests, "max_waiting": 1024, "cpus_per_replica": self.threads}
-        return ServeSpec.model_validate({"engine": engine, "precision": self.precision, "max_tokens": 4096, **sizes})
+        sizes = {"max_concurrency": self.max_requests, "max_waiting": 1024, "max_tokens": 4096}
+        cores = {"cpus_per_replica": self.threads, "tensor_parallel": self.ranks}
+        return ServeSpec.model_validate({"engine": engine, "precision": self.precision, **sizes, **cores})
 
 
 Prompt = tuple[list[int], int]
 """Token ids of a prompt, and the number of tokens of its answer."""
 Answer = Callable[[Sequence[Prompt], int], None]
-"""Function (prompts, clients) that answers all prompts with greedy sampling, `clients` of them at a time."""
+"""Function (prompts, clients) that answers all prompts, `clients` of them at a time."""
 
 NO_STOP_TOKENS = frozenset[int]()
 """Empty set of tokens that end an answer, so that each answer has as many tokens as requested."""
@@ -53,7 +59,7 @@ def torch_engine(served_model: ContestModel) -> Answer:
     model, manifest = load_model(served_model.checkpoint)
     vocab_size = manifest.model.vocab_size
     return _answer_with(
-        own_engine(model, NO_STOP_TOKENS, vocab_size, manifest.seq_len, served_model.serve_spec("torch"))
+        own_engine(model, NO_STOP_TOKENS, vocab_size, manifest.seq_len, served_model.serve_spec("torch")), served_model
     )
 
 
@@ -64,7 +70,8 @@ def vllm_engine(served_model: ContestModel) -> Answer:
     manifest = read_manifest(served_model.checkpoint)
     vocab_size = manifest.model.vocab_size
     return _answer_with(
-        VllmEngine(served_model.checkpoint, manifest, NO_STOP_TOKENS, vocab_size, served_model.serve_spec("vllm"))
+        VllmEngine(served_model.checkpoint, manifest, NO_STOP_TOKENS, vocab_size, served_model.serve_spec("vllm")),
+        served_model,
     )
 
 
@@ -128,7 +135,7 @@ def transformers_generate(served_model: ContestModel) -> Answer:
     return answer
 
 
-def _answer_with(engine: Engine) -> Answer:
+def _answer_with(engine: Engine, served_model: ContestModel) -> Answer:
 
     async def answer_all(prompts: Sequence[Prompt], clients: int) -> None:
         pending_prompts = iter(prompts)
@@ -136,7 +143,10 @@ def _answer_with(engine: Engine) -> Answer:
         # All clients share one iterator, so each client takes the next prompt that no other client has taken.
         async def client() -> None:
             for ids, tokens in pending_prompts:
-                async for _ in engine.generate(Request(tuple(ids), SamplingParams(max_tokens=tokens, temperature=0))):
+                params = SamplingParams(
+                    max_tokens=tokens, temperature=served_model.temperature, top_p=served_model.top_p
+                )
+                async for _ in engine.generate(Request(tuple(ids), params)):
                     pass
 
         await asyncio.gather(*(client() for _ in range(clients)))
