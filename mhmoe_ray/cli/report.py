@@ -22,6 +22,9 @@ def report(
     baseline: Annotated[
         str | None, typer.Option(help="Variant that the others are compared with; the first by default.")
     ] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, help="Difference of losses below which variants count as equal.")
+    ] = 0.01,
     storage: options.StorageOption = options.STORAGE,
     json: options.JsonOption = False,
 ) -> None:
@@ -29,7 +32,8 @@ def report(
 
     The page shows losses against steps, tokens and FLOPs; sizes and compute; balance and loads of experts; throughput;
     a verdict with its uncertainty over seeds; and the accuracies, precisions and recalls of evaluations that all runs
-    have. Runs that differ in their seed alone count as one variant. For example `mhmoe report follow-up-small
+    have. Runs that differ in their seed alone count as one variant. A verdict says better, worse, equal within the
+    margin, or undecided with the number of seeds that would decide. For example `mhmoe report follow-up-small
     --baseline smoe`.
     """
     show_activity("reading the runs and drawing their plots")
@@ -47,7 +51,7 @@ def report(
         else:
             run_dirs.append(find_run(name, storage, with_job=True))
     # A run may be named twice, itself and by its sweep. The order of runs decides the default baseline.
-    comparison = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline)
+    comparison = write_report(list(dict.fromkeys(run_dirs)), target_folder, baseline, margin)
     if json:
         verdicts, quality = ([item.as_json() for item in items] for items in (comparison.verdicts, comparison.quality))
         print_json({"page": str(target_folder / PAGE_FILE), "verdicts": verdicts, "quality": quality})

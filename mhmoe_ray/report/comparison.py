@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report.figures import RouteSummary, RunFigures, read_routes
 from mhmoe_ray.report.quality import QualityTable, quality_tables
-from mhmoe_ray.report.variants import Variant, Verdict, compare_variants, group_variants, matched_step
+from mhmoe_ray.report.variants import Variant, group_variants, matched_step
+from mhmoe_ray.report.verdicts import MARGIN, Verdict, compare_variants
 from mhmoe_ray.runs.directory import RunDir
 
 
@@ -50,7 +51,7 @@ class Comparison:
         return [run for variant in self.variants for run in variant.repeated]
 
 
-def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Comparison:
+def compare_runs(runs: Sequence[RunDir], baseline: str | None = None, margin: float = MARGIN) -> Comparison:
     """Group runs into variants, and compare each with the baseline, by default the first variant.
 
     Runs without any metrics, an imported run and an unknown `baseline` are RunErrors; without scipy, it is a DataError.
@@ -69,7 +70,6 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
     baseline_variant = _find_baseline(variants, baseline, compared, trained)
     step = matched_step(variants)
     other_variants = [v for v in variants if v is not baseline_variant and v.is_comparable(baseline_variant)]
-    verdicts = [compare_variants(baseline_variant, variant, step) for variant in other_variants] if step else []
     return Comparison(
         trained=trained,
         untrained=[run for run in runs if run.id not in trained_ids],
@@ -79,7 +79,7 @@ def compare_runs(runs: Sequence[RunDir], baseline: str | None = None) -> Compari
         variants=variants,
         baseline=baseline_variant,
         step=step,
-        verdicts=[verdict for verdict in verdicts if verdict is not None],
+        verdicts=compare_variants(baseline_variant, other_variants, step, margin) if step else [],
         quality=quality_tables(variants, baseline_variant),
         routes_by_name={v.name: routes for v in variants if (routes := read_routes(v.routes_run)) is not None},
     )

@@ -17,6 +17,7 @@ from mhmoe_ray.report.comparison import Comparison, compare_runs
 from mhmoe_ray.report.figures import RouteSummary, RunFigures, compare_expert_use
 from mhmoe_ray.report.quality import runs_without_quality
 from mhmoe_ray.report.variants import Variant, loss_unit, variant_row
+from mhmoe_ray.report.verdicts import MARGIN
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS
@@ -31,13 +32,15 @@ MAX_LOAD = 2.0
 """Upper end of the colour scale of loads: a single overloaded expert must not hide the differences of the others."""
 
 
-def write_report(runs: Sequence[RunDir], folder: Path, baseline: str | None = None) -> Comparison:
+def write_report(
+    runs: Sequence[RunDir], folder: Path, baseline: str | None = None, margin: float = MARGIN
+) -> Comparison:
     """Write an HTML page that compares runs, and its plots as PNG files, and return the comparison.
 
     A missing folder is created, and files of the same names are replaced. Errors are those of `compare_runs`; a missing
     matplotlib and a folder that cannot be written are DataErrors, too.
     """
-    comparison = compare_runs(runs, baseline)
+    comparison = compare_runs(runs, baseline, margin)
     with _translated_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with plotting.style():

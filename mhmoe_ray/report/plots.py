@@ -66,12 +66,14 @@ def line_style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number // len(COLOURS) % len(DASHES)]}
 
 
-def _draw_range(axis: "Axes", x: Sequence[float], values_SR: np.ndarray, name: str, number: int) -> None:
-    """Draw the means of S steps over R runs as a curve, with a band from the lowest to the highest value."""
+def _draw_band(
+    axis: "Axes", x: Sequence[float], mean: Any, band: tuple[Any, Any] | None, name: str, number: int
+) -> None:
+    """Draw means as a curve, with a band from the lower to the upper values if there are any."""
     style = line_style(number)
-    axis.plot(x, values_SR.mean(1), label=name, marker=".", markersize=4, **style)
-    if values_SR.shape[1] > 1:
-        axis.fill_between(x, values_SR.min(1), values_SR.max(1), color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(x, mean, label=name, marker=".", markersize=4, **style)
+    if band:
+        axis.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
@@ -86,7 +88,8 @@ def draw_validation(variants: Sequence[Variant], axis_name: str) -> "Figure":
             continue
         x = [x_of(run, lines[step]) for step in steps]
         losses_SR = np.array([[r.validations[step] for r in variant.runs] for step in steps])
-        _draw_range(axis, x, losses_SR, variant.name, number)
+        band = (losses_SR.min(1), losses_SR.max(1)) if losses_SR.shape[1] > 1 else None
+        _draw_band(axis, x, losses_SR.mean(1), band, variant.name, number)
     _scale_to_later_losses(axis, variants)
     axis.set(xlabel=title, ylabel=loss_unit(variants), title=f"validation loss against {title}")
     has_perplexity = not any(variant.has_summed_loss for variant in variants)
@@ -105,7 +108,7 @@ def has_curve(variants: Sequence[Variant]) -> bool:
 
 
 def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure":
-    """Draw each variant's loss minus the baseline's: the mean over seeds and their range, paired as in `losses_at`."""
+    """Draw each variant's loss minus the baseline's over tokens: the mean over seeds and its confidence interval."""
     figure, axis = _figure_with_legend_room([variant.name for variant in variants])
     axis.axhline(0, label=baseline.name, linewidth=1, **line_style(variants.index(baseline)))
     for number, variant in enumerate(variants):
@@ -114,11 +117,13 @@ def draw_differences(variants: Sequence[Variant], baseline: Variant) -> "Figure"
         steps = sorted(set.intersection(*(set(r.validations) for r in (*variant.runs, *baseline.runs))))
         if not steps:
             continue
-        losses = (losses_at(step, baseline, variant) for step in steps)
-        differences_SR = np.array([pair.differences for pair in losses if pair is not None])
-        _draw_range(axis, steps, differences_SR, variant.name, number)
-    axis.set(xlabel="steps", ylabel=loss_unit(variants), title=f"validation loss less that of {baseline.name}")
-    _use_integer_steps(axis)
+        losses = [pair for step in steps if (pair := losses_at(step, baseline, variant)) is not None]
+        tests = [test for pair in losses if (test := pair.test()) is not None]
+        band = ([test.low for test in tests], [test.high for test in tests]) if tests else None
+        tokens = {line[metrics.STEP]: line[metrics.TOKENS] for line in variant.first_run.lines}
+        x = [tokens[step] for step in steps]
+        _draw_band(axis, x, [pair.difference for pair in losses], band, variant.name, number)
+    axis.set(xlabel="tokens", ylabel=loss_unit(variants), title=f"validation loss less that of {baseline.name}")
     _add_legend(figure, axis)
     return figure
 

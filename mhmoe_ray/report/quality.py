@@ -83,7 +83,7 @@ def _table(example: Evaluation, question: _Question, variants: Sequence[Variant]
             if not values:
                 continue
             pairs = None if name == baseline.name else pair_values(values_by_variant[baseline.name], values)
-            low, high = (pairs.interval() if pairs else None) or (None, None)
+            test = pairs.test() if pairs else None
             rows.append(
                 QualityRow(
                     figure,
@@ -91,8 +91,8 @@ def _table(example: Evaluation, question: _Question, variants: Sequence[Variant]
                     statistics.fmean(values.values()),
                     statistics.stdev(values.values()) if len(values) > 1 else None,
                     pairs.difference if pairs else None,
-                    low,
-                    high,
+                    test.low if test else None,
+                    test.high if test else None,
                 )
             )
     return QualityTable(example.request.description, example.step, rows)

@@ -1,4 +1,4 @@
-"""Variants of runs, their comparison, and the table of a sweep."""
+"""Variants of runs, and the table of a sweep."""
 
 import json
 import statistics
@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mhmoe_ray.planner.sizes import Sizes, compute_sizes
 from mhmoe_ray.report.figures import RunFigures
-from mhmoe_ray.report.seeds import CONFIDENCE, SeedValues, pair_values
+from mhmoe_ray.report.seeds import SeedValues, pair_values
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.sweeps import SweepDir
@@ -188,69 +188,6 @@ def _shorten_names(names: Sequence[str]) -> list[str]:
     )
     cut = ["-".join(parts[common:]) or name for parts, name in zip(words, names, strict=True)]
     return [name if cut.count(name) == 1 else f"{name} ({cut[:i].count(name) + 1})" for i, name in enumerate(cut)]
-
-
-class Verdict(NamedTuple):
-    """Difference of mean validation losses at a step, variant minus baseline, in nats per token unless summed."""
-
-    baseline: str
-    variant: str
-    step: int
-    difference: float
-    low: float | None
-    """Lower end of the confidence interval of the difference (`SeedValues.interval`); None with one seed."""
-    high: float | None
-    seeds: int
-    """Number of seeds of the variant that has fewer of them."""
-    paired: bool
-    """Whether differences were taken seed by seed, over the seeds that both variants have."""
-    has_summed_loss: bool = False
-    """Whether the losses are those of encoders or vision models, which are sums over several objectives."""
-
-    @property
-    def is_clear(self) -> bool:
-        """True if the confidence interval of the difference does not contain 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the verdict as an object for `mhmoe report --json`."""
-        fields = self._asdict()
-        del fields["has_summed_loss"]
-        return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), **fields}
-
-    @property
-    def text(self) -> str:
-        """Sentence for the user that states the difference and its confidence interval."""
-        word = "lower" if self.difference < 0 else "higher"
-        figures = f"{abs(self.difference):.4f} {'' if self.has_summed_loss else 'nats '}{word}"
-        if not self.has_summed_loss and (ratio := metrics.perplexity(self.difference)) is not None:
-            figures += f", perplexity {100 * abs(ratio - 1):.1f}% {word}"
-        if self.low is None:
-            return f"{self.variant} to {self.baseline}: {figures}; with one seed its uncertainty is unknown"
-        method = f"{self.seeds} seeds{', paired' if self.paired else ''}"
-        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}, {method}"
-        if self.is_clear:
-            return f"{self.variant} to {self.baseline}: {figures} ({interval})"
-        return f"{self.variant} to {self.baseline}: no clear difference; {figures} ({interval})"
-
-
-def compare_variants(baseline: Variant, variant: Variant, step: int) -> Verdict | None:
-    """Compare the validation losses of two variants at a training step; None if one has no loss there."""
-    losses = losses_at(step, baseline, variant)
-    if losses is None:
-        return None
-    low, high = losses.interval() or (None, None)
-    return Verdict(
-        baseline.name,
-        variant.name,
-        step,
-        losses.difference,
-        low,
-        high,
-        losses.seeds,
-        losses.paired,
-        variant.has_summed_loss,
-    )
 
 
 def sweep_table(sweep_dir: SweepDir) -> list[dict[str, Any]]:

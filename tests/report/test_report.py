@@ -14,7 +14,8 @@ from mhmoe_ray.report.comparison import compare_runs
 from mhmoe_ray.report.figures import RunFigures
 from mhmoe_ray.report.page import render_page, write_report
 from mhmoe_ray.report.plots import draw_differences, draw_validation
-from mhmoe_ray.report.variants import Variant, compare_variants, losses_at, matched_step
+from mhmoe_ray.report.variants import Variant, losses_at, matched_step
+from mhmoe_ray.report.verdicts import compare_variants
 from mhmoe_ray.runs import events, history, metrics
 from mhmoe_ray.runs.directory import RunDir, mark_imported
 from mhmoe_ray.spec import DataSpec, RunSpec, StartSpec
@@ -212,7 +213,7 @@ def test_unequal_trainings_are_reported(tmp_path):
 
 def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     dense, mhmoe = read_variants(six_runs(tmp_path))
-    verdict = compare_variants(dense, mhmoe, 20)
+    [verdict] = compare_variants(dense, [mhmoe], 20)
     differences = [-0.1, -0.12, -0.09]
     mean = sum(differences) / 3
     deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2)
@@ -221,7 +222,10 @@ def test_a_verdict_is_students_t_over_pairs_of_seeds(tmp_path):
     assert (verdict.low, verdict.high) == pytest.approx((mean - half, mean + half), abs=1e-6)
     assert verdict.is_clear
     assert verdict.paired
-    assert verdict.text.startswith("mhmoe-h2 to dense: 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413")
+    start = (
+        "mhmoe-h2 to dense: better; 0.1033 nats lower, perplexity 9.8% lower (95% interval -0.1413 to -0.0654, 3 seeds"
+    )
+    assert verdict.text.startswith(start)
 
 
 def test_losses_are_paired_over_two_common_seeds_or_all_seeds_of_one_variant(tmp_path):
@@ -237,7 +241,9 @@ def test_losses_are_paired_over_two_common_seeds_or_all_seeds_of_one_variant(tmp
     assert not unpaired.paired
     assert unpaired.differences == pytest.approx([2.98 - 3.05, 3.11 - 3.05])
     [axis] = draw_differences([first_variant, last_variant], first_variant).axes
-    assert axis.lines[1].get_ydata()[-1] == pytest.approx(compare_variants(first_variant, last_variant, 20).difference)
+    assert axis.lines[1].get_ydata()[-1] == pytest.approx(
+        compare_variants(first_variant, [last_variant], 20)[0].difference
+    )
 
 
 def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
@@ -255,13 +261,13 @@ def test_speed_and_balance_on_the_page_are_means_over_the_runs(tmp_path):
 
 def test_unpaired_seeds_are_left_out_and_one_seed_gives_no_interval(tmp_path):
     dense, mhmoe = read_variants(six_runs(tmp_path))
-    two = compare_variants(dense, Variant("two", mhmoe.runs[1:]), 20)
+    [two] = compare_variants(dense, [Variant("two", mhmoe.runs[1:])], 20)
     assert (two.seeds, two.paired) == (2, True)
     assert two.difference == pytest.approx(-0.105)
-    single_seed = compare_variants(dense, Variant("one", mhmoe.runs[:1]), 20)
+    [single_seed] = compare_variants(dense, [Variant("one", mhmoe.runs[:1])], 20)
     assert (single_seed.low, single_seed.is_clear) == (None, False)
     assert "its uncertainty is unknown" in single_seed.text
-    assert compare_variants(dense, mhmoe, 19) is None
+    assert compare_variants(dense, [mhmoe], 19) == []
 
 
 def store_evaluation(run, tokens_of, distinct, step=20, **request_fields):
@@ -365,7 +371,7 @@ def test_a_loss_with_an_overflowing_perplexity_is_reported(tmp_path):
     runs = [make_run(tmp_path, "a", seed, 3.0 + seed / 10) for seed in (0, 1)]
     runs += [make_run(tmp_path, "b", seed, 800.0 + seed, moe={**MOE, "top_k": 1}) for seed in (0, 1)]
     [verdict] = write_report(runs, tmp_path / "out").verdicts
-    assert verdict.text.startswith("b to a: 797.4500 nats higher (")
+    assert verdict.text.startswith("b to a: worse; 797.4500 nats higher (")
 
 
 def test_shares_of_experts_in_use_are_compared_by_threshold():

@@ -1,0 +1,113 @@
+"""Verdicts on variants: whether their losses are better than, worse than or equal to those of a baseline."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from mhmoe_ray.report.seeds import CONFIDENCE, POWER, correct_for_number
+from mhmoe_ray.report.variants import Variant, losses_at
+from mhmoe_ray.runs import metrics
+
+MARGIN = 0.01
+"""Difference of losses below which variants count as equal, by default; 0.01 nats are 1% of perplexity."""
+
+
+class Verdict(NamedTuple):
+    """Difference of mean validation losses at a step, variant minus baseline, in nats per token unless summed.
+
+    Fields are None with one seed, which gives no interval.
+    """
+
+    baseline: str
+    variant: str
+    step: int
+    difference: float
+    low: float | None
+    """Lower end of the confidence interval of the difference (`SeedValues.test`)."""
+    high: float | None
+    seeds: int
+    """Number of seeds of the variant that has fewer of them."""
+    paired: bool
+    """Whether differences were taken seed by seed, over the seeds that both variants have."""
+    p: float | None = None
+    """p-value of the hypothesis that both losses are equal, corrected for the number of verdicts by Holm's method."""
+    margin: float = MARGIN
+    smallest_difference: float | None = None
+    """Smallest true difference that these seeds show with probability `POWER`."""
+    seeds_for_margin: int | None = None
+    """Number of seeds that show a true difference of `margin` with probability `POWER`."""
+    has_summed_loss: bool = False
+    """Whether the losses are those of encoders or vision models, which are sums over several objectives."""
+
+    @property
+    def is_clear(self) -> bool:
+        """True if the corrected test finds a difference."""
+        return self.p is not None and self.p <= 1 - CONFIDENCE
+
+    @property
+    def word(self) -> str:
+        """Word for what the seeds say: better, worse, equal or undecided."""
+        if self.low is None or self.high is None:
+            return "undecided"
+        if self.is_clear:
+            return "better" if self.difference < 0 else "worse"
+        return "equal" if max(abs(self.low), abs(self.high)) <= self.margin else "undecided"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as an object for `mhmoe report --json`."""
+        fields = self._asdict()
+        del fields["has_summed_loss"]
+        return {"baseline": fields.pop("baseline"), "other": fields.pop("variant"), "verdict": self.word, **fields}
+
+    @property
+    def text(self) -> str:
+        """Sentence for the user that states the verdict, the difference and its confidence interval."""
+        direction = "lower" if self.difference < 0 else "higher"
+        figures = f"{abs(self.difference):.4f} {'' if self.has_summed_loss else 'nats '}{direction}"
+        if not self.has_summed_loss and (ratio := metrics.perplexity(self.difference)) is not None:
+            figures += f", perplexity {100 * abs(ratio - 1):.1f}% {direction}"
+        if self.low is None:
+            return f"{self.variant} to {self.baseline}: {figures}; with one seed its uncertainty is unknown"
+        margin_text = f" within {self.margin:g}" if self.word == "equal" else ""
+        interval = f"{CONFIDENCE:.0%} interval {self.low:+.4f} to {self.high:+.4f}"
+        method = f"{self.seeds} seeds{', paired' if self.paired else ''}, corrected p {self.p:.2g}"
+        text = f"{self.variant} to {self.baseline}: {self.word}{margin_text}; {figures} ({interval}, {method})"
+        if self.word != "undecided":
+            return text
+        seeds_text = "more than 10,000" if self.seeds_for_margin is None else str(self.seeds_for_margin)
+        detectable_text = (
+            f"a difference of {self.smallest_difference:.4f}, and {seeds_text} seeds one of {self.margin:g}"
+        )
+        return f"{text}; they would find {detectable_text} with a probability of {POWER:.0%}"
+
+
+def compare_variants(
+    baseline: Variant, variants: Iterable[Variant], step: int, margin: float = MARGIN
+) -> list[Verdict]:
+    """Compare the validation losses of variants with a baseline's at a training step, without those that have none."""
+    verdicts = [verdict for v in variants if (verdict := _compare_variant(baseline, v, step, margin)) is not None]
+    tested = [i for i, verdict in enumerate(verdicts) if verdict.p is not None]
+    for i, p in zip(tested, correct_for_number([verdicts[i].p or 0.0 for i in tested]), strict=True):
+        verdicts[i] = verdicts[i]._replace(p=p)
+    return verdicts
+
+
+def _compare_variant(baseline: Variant, variant: Variant, step: int, margin: float) -> Verdict | None:
+    losses = losses_at(step, baseline, variant)
+    if losses is None:
+        return None
+    test = losses.test()
+    return Verdict(
+        baseline.name,
+        variant.name,
+        step,
+        losses.difference,
+        test.low if test else None,
+        test.high if test else None,
+        losses.seeds,
+        losses.paired,
+        test.p if test else None,
+        margin,
+        losses.smallest_difference() if test else None,
+        losses.seeds_for(margin) if test else None,
+        variant.has_summed_loss,
+    )
