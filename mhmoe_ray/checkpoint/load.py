@@ -225,12 +225,17 @@ def restore(trainer: TrainerState, checkpoint: Location, manifest: CheckpointMan
     if trainer.spec.train.adapter:
         base = checkpoint.with_name(manifest.adapter.base) if manifest.adapter else checkpoint
         load_tensors(base / "weights", strategy.frozen_weights(), trainer.on_progress)
+    averages = strategy.checkpoint_averages() if manifest.is_averaged else {}
     # An adapter begins with its initial values.
     if manifest.adapter or not trainer.spec.train.adapter:
-        load_tensors(checkpoint / "weights", weights, trainer.on_progress)
+        load_tensors(checkpoint / "weights", {**weights, **averages}, trainer.on_progress)
     if manifest.has_moments:
-        buffers = strategy.model.training_buffers()
-        load_tensors(checkpoint / "optim", {**moments, **buffers}, trainer.on_progress)
+        state = {**moments, **strategy.model.training_buffers()}
+        if averages:
+            state |= strategy.checkpoint_trained_weights()
+        load_tensors(checkpoint / "optim", state, trainer.on_progress)
+    if strategy.average and not averages:
+        strategy.average.restart()
     strategy.finish_loading(weights, moments)
     trainer.objective.load_state(manifest.objective)
     trainer.updates_before = manifest.updates_before

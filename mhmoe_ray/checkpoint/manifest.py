@@ -22,6 +22,8 @@ starts from. It has optim/ only if `start.optimizer` is true.
 Of a run with `train.adapter`, weights/ and optim/ of all later checkpoints have the adapter alone. Its base is the
 checkpoint of step 0, whose weights all readers add to it (`WeightsReader` in load.py).
 
+With `train.ema_decay`, weights/ has the average of each trained weight, and optim/ the weight itself as `trained.NAME`.
+
 A directory is never written twice: readers take every *.safetensors in it, so files of two saves would silently load as
 a mix. For the same reason a directory must hold exactly the files of the manifest.
 """
@@ -95,6 +97,8 @@ class CheckpointManifest(BaseModel):
     model: ModelSpec
     adapter: AdapterRecord | None = None
     """The adapter that the checkpoint has in place of weights; None for a checkpoint with all weights."""
+    is_averaged: bool = False
+    """True if weights/ has moving averages (`train.ema_decay`), and optim/ the weights that are trained."""
     seq_len: int
     ends: list[int] = []
     """Token ids that end a text in addition to those of the tokenizer (`data.tokenizer.boundaries`): an imported folder

@@ -255,6 +255,7 @@ class Saver:
             ep=trainer.mesh.ep,
             model=spec.model,
             adapter=self._adapter,
+            is_averaged=trainer.strategy.average is not None,
             seq_len=spec.data.seq_len,
             ends=self._ends,
             adds_start=self._adds_start,

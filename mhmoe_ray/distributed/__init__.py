@@ -5,6 +5,7 @@
     strategies/     full or sharded parameters: ddp, fsdp, zero
     optimizer.py    AdamW
     rounded_adamw.py   AdamW with moments in bfloat16
+    average.py      moving average of the weights
     build.py        build the dispatch and the strategy of a spec
 
 The tables list the storage of each tensor and the reduction of its gradient, by `cluster.strategy`; `shard_experts` is

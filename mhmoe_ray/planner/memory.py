@@ -40,7 +40,7 @@ class Memory(NamedTuple):
     weights: int
     gradients: int
     moments: int
-    """Bytes of AdamW's two moments."""
+    """Bytes of AdamW's two moments, and of the average of the weights with `train.ema_decay`."""
     copies: int
     """Bytes of copies of the weights for matrix products in another precision than float32, kept from forward to
     backward."""
@@ -88,8 +88,9 @@ def compute_memory(spec: RunSpec) -> Memory:
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Return the bytes of a checkpoint, which has the trained weights and AdamW's two moments."""
-    return (FLOAT32 + 2 * bytes_of(spec.train.moment_precision)) * trained_sizes(spec).parameters
+    """Return the bytes of a checkpoint, which has the trained weights, their average, and AdamW's two moments."""
+    weight_bytes = FLOAT32 * (1 + (spec.train.ema_decay is not None))
+    return (weight_bytes + 2 * bytes_of(spec.train.moment_precision)) * trained_sizes(spec).parameters
 
 
 def checkpoint_copy_bytes(spec: RunSpec) -> int:
@@ -162,7 +163,8 @@ def _state_bytes(spec: RunSpec) -> tuple[int, int, int]:
         is_sharded = strategy == "fsdp"
         weights += narrow * _held_bytes(spec.cluster, base.parameters - wide, base.expert_parameters)[is_sharded]
         weights += _held_bytes(spec.cluster, wide, 0)[is_sharded]
-    return round(weights), round(gradients), round(2 * moments * moment_size)
+    has_average = spec.train.ema_decay is not None
+    return round(weights), round(gradients), round(moments * (2 * moment_size + has_average))
 
 
 def _held_bytes(cluster: ClusterSpec, parameters: int, expert_parameters: int) -> tuple[float, float]:

@@ -77,6 +77,11 @@ class RunSpec(Section):
                 f"train.spikes needs the norm before the update, which {self.cluster.strategy} does not give: set "
                 "cluster.strategy to fsdp, or remove the key"
             )
+        if self.train.ema_decay is not None and self.cluster.strategy.startswith("zero"):
+            raise ValueError(
+                f"train.ema_decay needs the weights after each update, which DeepSpeed holds with "
+                f"{self.cluster.strategy}: set cluster.strategy to fsdp, or remove the key"
+            )
         if self.train.moment_precision != "float32" and self.cluster.strategy.startswith("zero"):
             raise ValueError(
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "

@@ -152,6 +152,10 @@ class TrainSpec(Section):
     """Precision of AdamW's two moments, for strategies ddp and fsdp. bfloat16 halves their size in memory and in
     checkpoints. They are then rounded stochastically, with random bits that do not depend on the number of workers.
     Updates are computed in float32."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay d of an exponential moving average of the weights, by default none: after update t it is d * average +
+    (1 - d) * weights, with d at most (1 + t) / (10 + t). Validations and everything that reads a checkpoint use the
+    average, and training itself does not. For strategies ddp, fsdp and hybrid."""
     clip_norm: float = Field(default=2.0, gt=0, allow_inf_nan=True)
     """Upper bound of the global gradient norm, over all ranks and experts. .inf: no clipping."""
     spikes: SpikeSpec | None = None

@@ -216,7 +216,8 @@ class Worker:
         self.profiler.close()
 
     def _validate(self, held_out_samples: Any) -> dict[str, Any]:
-        validation = self.trainer.objective.validate(held_out_samples)
+        with self.trainer.strategy.averaged_weights():
+            validation = self.trainer.objective.validate(held_out_samples)
         line: dict[str, Any] = {metrics.VAL_LOSS: validation.loss, metrics.VAL_TOKENS: validation.targets}
         if validation.part_losses:
             line[self.trainer.objective.val_part_metric] = validation.part_losses

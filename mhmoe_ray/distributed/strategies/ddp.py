@@ -3,12 +3,13 @@ also has the base class of all strategies."""
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mhmoe_ray.distributed.average import WeightAverage
 from mhmoe_ray.distributed.mesh import Mesh
 from mhmoe_ray.distributed.optimizer import build_optimizer, expert_parameters, set_learning_rate
 from mhmoe_ray.distributed.rounded_adamw import MOMENT_NAMES, RoundedAdamW, ValuePosition
@@ -38,6 +39,8 @@ class Strategy:
     gathers_state = False
     """True if `checkpoint_tensors` gathers from shards; else its views of weights and moments change only in
     `apply_update`."""
+    average: WeightAverage | None = None
+    """Average of the trained weights; None without `train.ema_decay`."""
 
     def __init__(self, model: Trunk, mesh: Mesh, spec: RunSpec, fill: FillModel) -> None:
         """Allocate and fill the model, which is on the meta device, wrap it, and build the optimizer; `fill` is called
@@ -46,6 +49,8 @@ class Strategy:
         self.module: nn.Module = self._wrap_model(fill)  # called in place of the model if a backward follows
         self._expert_reduction = ExpertReduction(model, mesh)
         self.optimizer = build_optimizer(model, spec.train, spec.seed, self._value_positions())
+        if spec.train.ema_decay is not None:
+            self.average = WeightAverage(model.trained_parameters(), spec.train.ema_decay)
 
     def _wrap_model(self, fill: FillModel) -> nn.Module:
         """Fill the model, and return the module to call in its place, such as torch's DDP."""
@@ -97,8 +102,22 @@ class Strategy:
         if accepts(norm):
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
+            if self.average:
+                self.average.update()
         self.optimizer.zero_grad()
         return norm
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Context in which the model has the averages of its weights, if there are any."""
+        if not self.average:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
 
     def checkpoint_weights(self) -> dict[str, Tensor]:
         """Return the weights by name, with experts and sharded tensors as DTensors of global shapes. Filling these
@@ -110,11 +129,23 @@ class Strategy:
         missing."""
         return dict(self._iterate_moments())
 
+    def checkpoint_averages(self) -> dict[str, Tensor]:
+        """Return the averages of weights like `checkpoint_weights`; none without `train.ema_decay`. A checkpoint has
+        them in place of the weights, so that everything that reads weights gets averages."""
+        return self._to_global(self.average.tensors) if self.average else {}
+
+    def checkpoint_trained_weights(self) -> dict[str, Tensor]:
+        """Return the weights that a checkpoint with averages has for training, as "trained.NAME"."""
+        averages = self.checkpoint_averages()
+        return {f"trained.{name}": t for name, t in self.checkpoint_weights().items() if name in averages}
+
     def checkpoint_tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield all tensors to save as ("weights" or "optim", name, tensor), in the same order on all ranks. This is a
         collective operation. A tensor that is gathered from shards is gathered when it is yielded."""
         # Gathered tensors come one at a time, so that the memory of one is free again before the next is gathered.
-        yield from (("weights", name, t) for name, t in self._iterate_weights())
+        averages, trained_weights = self.checkpoint_averages(), self.checkpoint_trained_weights()
+        yield from (("weights", name, averages.get(name, t)) for name, t in self._iterate_weights())
+        yield from (("optim", name, t) for name, t in trained_weights.items())
         yield from (("optim", name, t) for name, t in self._iterate_moments())
         yield from (("optim", name, t) for name, t in self.model.training_buffers().items())
 
@@ -141,6 +172,8 @@ class Strategy:
 
     def start_at_step(self, step: int) -> None:
         """Give the optimizer its state after `step` updates, with moments of zero, which loading fills."""
+        if self.average:
+            self.average.updates = step
         step_device = "cpu" if isinstance(self.optimizer, RoundedAdamW) else None
         for parameter in self.model.trained_parameters().values():
             self.optimizer.state[parameter] = {
