@@ -24,7 +24,7 @@ from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.serving.config import adapter_paths, application_config, set_adapters
 from mhmoe_ray.serving.vllm.options import check_options
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.spec import RunSpec, ServeSpec
 from mhmoe_ray.storage import Location, location
 from mhmoe_ray.terminal import Activity
 
@@ -90,7 +90,7 @@ def serve(
         )
     # A local cluster cannot grow, so one that is started now must have room for the largest number of replicas.
     cpus = settings.replicas.max * settings.cpus_per_replica + SERVE_CPUS
-    adapters = find_adapters(settings.adapters, path, run)
+    adapters = find_adapters(settings.adapters, path, run, settings)
     connection = connect_to_cluster(spec.cluster, [run.path], cpus, address, on_note)
     route_prefix = "/" if name == APPLICATION else f"/{name}"
     config = application_config(name, path, settings, run.id, route_prefix, spec.cluster.runtime_env, adapters)
@@ -276,9 +276,10 @@ class Service:
                 served_names = ", ".join(adapters) or "none"
                 raise ServeError(f"adapter {name}", f"{subject} does not have it", f"it has {served_names}")
             del adapters[name]
-        adapters |= find_adapters(add or {}, path, run)
-        if len(adapters) > (max_adapters := config["args"]["serve"]["max_adapters"]):
-            reason = f"it has places for {max_adapters} adapters, and this would make {len(adapters)}"
+        settings = ServeSpec.model_validate(config["args"]["serve"])
+        adapters |= find_adapters(add or {}, path, run, settings)
+        if len(adapters) > settings.max_adapters:
+            reason = f"it has places for {settings.max_adapters} adapters, and this would make {len(adapters)}"
             raise ServeError(subject, reason, "remove some, or deploy it with a larger serve.max_adapters")
         set_adapters(config, adapters)
         _deploy(self.connection, config, host, port, f"with the adapters {', '.join(adapters) or 'none'}", on_note)

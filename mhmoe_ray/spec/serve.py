@@ -40,14 +40,18 @@ class EngineTraits(NamedTuple):
     it computes all decoders. The module does not import the engine's library."""
     has_ranks: bool = False
     """True if a replica may consist of several ranks (`serve.tensor_parallel`)."""
-    has_adapters: bool = False
-    """True if requests may ask for adapters of the model (`serve.adapters`)."""
+    check_adapter: str | None = None
+    """Module and name of a function that raises ServeError if the engine cannot compute an adapter; None if it computes
+    all adapters."""
 
 
 ENGINES = {
-    "torch": EngineTraits(start="mhmoe_ray.serving.engine.torch_engine:start_engine", has_adapters=True),
+    "torch": EngineTraits(start="mhmoe_ray.serving.engine.torch_engine:start_engine"),
     "vllm": EngineTraits(
-        start="mhmoe_ray.serving.vllm.engine:VllmEngine", check="mhmoe_ray.serving.vllm.folder:check", has_ranks=True
+        start="mhmoe_ray.serving.vllm.engine:VllmEngine",
+        check="mhmoe_ray.serving.vllm.folder:check",
+        has_ranks=True,
+        check_adapter="mhmoe_ray.serving.vllm.adapters:check_adapter",
     ),
 }
 """All inference engines by their name in a spec (`serve.engine`)."""
@@ -84,7 +88,8 @@ class ServeSpec(Section):
     RUN, RUN@STEP, or the folder of a checkpoint. Each was trained on weights equal to the served ones."""
     max_adapters: NonNegativeInt = 0
     """Number of adapters that a deployment may have at a time with `mhmoe serve adapters`; at least those of
-    `adapters`. With any, experts on a GPU run one after another with engine torch."""
+    `adapters`. With any, experts on a GPU run one after another with engine torch; engine vllm has none of routers and
+    routed experts, and needs `vllm.max_lora_rank` for ranks above 16."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the served weights and of matrix products. It may differ from the precision of training. Routing and
     the residual stream are always in float32."""
@@ -123,9 +128,6 @@ class ServeSpec(Section):
             engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_ranks)
             reason = f"engine {self.engine} is one process, so tensor_parallel would be ignored"
             raise ValueError(f"{reason}: set engine: {engines}")
-        if (self.adapters or self.max_adapters) and not ENGINES[self.engine].has_adapters:
-            engines = " or ".join(name for name, traits in ENGINES.items() if traits.has_adapters)
-            raise ValueError(f"engine {self.engine} serves no adapters: set engine: {engines}")
         if self.vllm and self.engine != "vllm":
             raise ValueError(f"vllm has arguments of vLLM's engine, and engine is {self.engine}: set engine: vllm")
         if self.expert_parallel and self.tensor_parallel == 1:

@@ -1,6 +1,5 @@
 """Tests of several adapters beside their base in one engine: answers equal those of each adapter alone."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -173,23 +172,32 @@ def test_requests_name_an_adapter_as_their_model(answerer, adapters, tokenizer):
 
 def test_adapters_of_other_weights_are_refused(checkpoint, expert_parallel_checkpoint, adapters, tmp_path):
     run = RunDir.of_checkpoint(checkpoint)
-    assert find_adapters({"ann": str(adapters["ann"])}, checkpoint, run) == {"ann": adapters["ann"]}
+    assert find_adapters({"ann": str(adapters["ann"])}, checkpoint, run, ServeSpec()) == {"ann": adapters["ann"]}
     # Two ranks divided the same weights.
-    assert find_adapters({"ann": adapters["ann"]}, expert_parallel_checkpoint, run) == {"ann": adapters["ann"]}
+    assert find_adapters({"ann": adapters["ann"]}, expert_parallel_checkpoint, run, ServeSpec()) == {
+        "ann": adapters["ann"]
+    }
     other_model = build_model()
     other_model.embedding.weight[0, 0] += 1
     other_checkpoint = save_checkpoint(tmp_path, 1, other_model)
     with pytest.raises(ServeError, match="it was trained on other weights than those of"):
-        find_adapters({"ann": adapters["ann"]}, other_checkpoint, run)
+        find_adapters({"ann": adapters["ann"]}, other_checkpoint, run, ServeSpec())
     with pytest.raises(ServeError, match="has all weights of a model"):
-        find_adapters({"ann": checkpoint}, checkpoint, run)
+        find_adapters({"ann": checkpoint}, checkpoint, run, ServeSpec())
     with pytest.raises(ServeError, match="a name has at most 40 letters"):
-        find_adapters({"a/b": adapters["ann"]}, checkpoint, run)
+        find_adapters({"a/b": adapters["ann"]}, checkpoint, run, ServeSpec())
     with pytest.raises(ServeError, match="the served model itself has this name"):
-        find_adapters({run.id: adapters["ann"]}, checkpoint, run)
+        find_adapters({run.id: adapters["ann"]}, checkpoint, run, ServeSpec())
 
 
-def test_only_engine_torch_serves_adapters():
-    with pytest.raises(ValueError, match="engine vllm serves no adapters: set engine: torch"):
-        ServeSpec(engine="vllm", max_adapters=1)
-    assert json.loads(ServeSpec(adapters={"ann": "run@3"}).model_dump_json())["adapters"] == {"ann": "run@3"}
+@pytest.mark.parametrize(
+    ("rank", "targets", "reason"),
+    [
+        (4, ["query", "router", "experts"], "has no adapters of router and experts.*--merge"),
+        (32, ["query"], "its rank is 32, and vLLM has room for 16.*serve.vllm.max_lora_rank"),
+    ],
+)
+def test_adapters_that_vllm_cannot_compute_are_refused(checkpoint, tmp_path, rank, targets, reason):
+    adapter = save_adapter(tmp_path, 1, rank, targets)
+    with pytest.raises(ServeError, match=f"adapter ann: .*{reason}"):
+        find_adapters({"ann": adapter}, checkpoint, RunDir.of_checkpoint(checkpoint), ServeSpec(engine="vllm"))

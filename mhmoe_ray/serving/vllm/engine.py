@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from vllm import SamplingParams as VllmSamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -24,8 +25,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from mhmoe_ray.checkpoint.manifest import CheckpointManifest
-from mhmoe_ray.errors import ServeError
+from mhmoe_ray.checkpoint.manifest import CheckpointManifest, stored_manifest
 from mhmoe_ray.serving.engine.fair_queue import FairQueue, slots_of_client
 from mhmoe_ray.serving.engine.request import (
     AnswerUpdate,
@@ -38,6 +38,7 @@ from mhmoe_ray.serving.engine.request import (
 )
 from mhmoe_ray.serving.engine.threaded import Deliver, RequestState, ThreadedEngine
 from mhmoe_ray.serving.sampling import SamplingParams
+from mhmoe_ray.serving.vllm.adapters import VllmAdapter, check_adapter, lora_options
 from mhmoe_ray.serving.vllm.folder import LOAD_FORMAT, check_fits, engine_options, write_folder
 from mhmoe_ray.serving.vllm.options import TOOL_PARSER
 from mhmoe_ray.serving.vllm.scheduler import PAUSED_FACTOR, SCHEDULERS
@@ -53,6 +54,7 @@ ROUNDS_PER_COUNT = 256
 
 
 class _VllmRequest(RequestState):
+    adapter: VllmAdapter | None = None
     vllm_id = ""
     """Id of the request in vLLM; empty while it waits."""
     answer_tokens = 0
@@ -60,7 +62,7 @@ class _VllmRequest(RequestState):
     """Whether vLLM has finished and removed the request."""
 
 
-class VllmEngine(ThreadedEngine[_VllmRequest, None]):
+class VllmEngine(ThreadedEngine[_VllmRequest, VllmAdapter]):
     """An engine of a decoder that computes with vLLM."""
 
     structures: VllmStructures | None = None
@@ -83,6 +85,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         self._checkpoint, self._manifest, self._tokenizer_size = checkpoint, manifest, tokenizer_size
         self._waiting_queue = FairQueue[_VllmRequest]()
         self._running: dict[str, _VllmRequest] = {}
+        self._loaded_adapters: set[VllmAdapter] = set()
         self._stat_logger = _StatLogger()
         self._count_LE: list[list[int]] = []
         self._round_count = self._request_count = 0
@@ -140,6 +143,7 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
                 # Compiling takes half a minute at each start, and gains a fifth of the time of a step on a CPU.
                 enforce_eager=self._on_cpu,
                 worker_extension_cls="mhmoe_ray.serving.vllm.loader.WorkerExtension",
+                **lora_options(model, spec, self._on_cpu),
                 **engine_options(model, self._on_cpu, ranks, {field.name for field in fields(EngineArgs)}),
             )
             options = {name: value for name, value in spec.vllm.items() if name != TOOL_PARSER}
@@ -164,11 +168,14 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
 
     def _add_request(self, request: Request, max_new_tokens: int, deliver: Deliver) -> _VllmRequest:
         state = _VllmRequest(request, max_new_tokens, deliver)
+        state.adapter = self._adapter_of(request)
         self._waiting_queue.add(request.client, state)
         return state
 
-    def _load_adapter(self, name: str, checkpoint: Location, weights: ServedWeights) -> None:
-        raise ServeError(f"adapter {name}", "engine vllm serves no adapters", "set serve.engine=torch")
+    def _load_adapter(self, name: str, checkpoint: Location, weights: ServedWeights) -> VllmAdapter:
+        manifest = stored_manifest(checkpoint)
+        check_adapter(name, manifest, self._spec)
+        return VllmAdapter.read(checkpoint, manifest)
 
     def _remove_request(self, state: _VllmRequest) -> None:
         if not self._running.pop(state.vllm_id, None):
@@ -223,7 +230,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
         startable = set(self._waiting_queue.clients)
         while startable and len(self._running) < PAUSED_FACTOR * limit:
             client = self._waiting_queue.turns.next_client(startable)
-            if len(self._running) >= limit and running_counts[client] >= slots_of_client(limit, client_count):
+            is_full = len(self._running) >= limit and running_counts[client] >= slots_of_client(limit, client_count)
+            next_state = self._waiting_queue.peek(client)
+            if is_full or (next_state and not self._has_lora_slot(next_state.adapter)):
                 startable.remove(client)
                 continue
             state = self._waiting_queue.pop(client)
@@ -231,6 +240,26 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
             self._waiting_queue.turns.charge(client, len(state.request.prompt_ids))
             self._start_request(state)
             startable &= set(self._waiting_queue.clients)
+
+    def _has_lora_slot(self, adapter: VllmAdapter | None) -> bool:
+        """Return whether vLLM has an adapter, or a place for it. Adapters of no running request leave their places."""
+        if adapter is None or adapter in self._loaded_adapters or len(self._loaded_adapters) < self._spec.max_adapters:
+            return True
+        idle_adapters = self._loaded_adapters - {state.adapter for state in self._running.values()}
+        for idle_adapter in idle_adapters:
+            self._vllm.remove_lora(idle_adapter.id)
+        self._loaded_adapters -= idle_adapters
+        return bool(idle_adapters)
+
+    def _lora_request(self, adapter: VllmAdapter) -> LoRARequest:
+        """Return how a request names an adapter to vLLM, which loads it before its first request."""
+        if adapter not in self._loaded_adapters:
+            with tempfile.TemporaryDirectory() as folder:
+                adapter.write(Path(folder))
+                self._vllm.add_lora(LoRARequest(str(adapter.id), adapter.id, folder))
+            self._loaded_adapters.add(adapter)
+        # vLLM does not read the folder again, and hashes this text with the tokens of cached blocks.
+        return LoRARequest(str(adapter.id), adapter.id, "loaded")
 
     def _start_request(self, state: _VllmRequest) -> None:
         """Pass a request to vLLM; if vLLM refuses it, fail this request alone."""
@@ -241,7 +270,9 @@ class VllmEngine(ThreadedEngine[_VllmRequest, None]):
             params = _vllm_params(state.request, state.max_new_tokens, self._end_tokens(state.request))
             if self.structures and state.request.structure and "json" in state.request.structure.kind:
                 params.logit_bias = {**(params.logit_bias or {}), **self.structures.json_biases}
-            self._vllm.add_request(state.vllm_id, {"prompt_token_ids": list(state.request.prompt_ids)}, params)
+            prompt = {"prompt_token_ids": list(state.request.prompt_ids)}
+            lora_request = self._lora_request(state.adapter) if state.adapter else None
+            self._vllm.add_request(state.vllm_id, prompt, params, lora_request=lora_request)
         # vLLM refuses parameters with various exceptions, so all are caught. If vLLM itself is broken, its next step
         # fails too.
         except Exception as e:

@@ -5,13 +5,14 @@ Modules are named like an exported folder's tensors, for vLLM's own loader, exce
 """
 
 from collections.abc import Iterable
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import CacheConfig, VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention as PagedAttention
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from vllm.platforms import current_platform
 
@@ -102,16 +104,20 @@ class VllmMultiHeadMoE(nn.Module):
             bias_E = self.gate.bias_E
             del self.gate.bias_E
             self.gate.bias_E = nn.Parameter(bias_E, requires_grad=False)
-        self.experts = FusedMoEFactory(
-            num_experts=moe.experts,
-            top_k=moe.top_k,
-            hidden_size=self.row_width,
-            intermediate_size=moe.d_expert,
-            custom_routing_function=self._route,
-            quant_config=quant_config,
-            prefix=f"{prefix}.experts",
-            ckpt_names=("w1", "w2", "w3"),
-        )
+        # With adapters vLLM would choose a kernel that can adapt experts, which a CPU lacks. Ours adapt linear layers.
+        expert_config = copy(get_current_vllm_config())
+        expert_config.lora_config = None
+        with set_current_vllm_config(expert_config):
+            self.experts = FusedMoEFactory(
+                num_experts=moe.experts,
+                top_k=moe.top_k,
+                hidden_size=self.row_width,
+                intermediate_size=moe.d_expert,
+                custom_routing_function=self._route,
+                quant_config=quant_config,
+                prefix=f"{prefix}.experts",
+                ckpt_names=("w1", "w2", "w3"),
+            )
         self.merge_proj = (
             _projection(widths[::-1], quant_config, f"{prefix}.merge_proj") if moe.has_merge_projection else None
         )
@@ -286,7 +292,7 @@ class VllmTrunk(nn.Module):
         return output_TM
 
 
-class MhmoeForCausalLM(nn.Module):
+class MhmoeForCausalLM(nn.Module, SupportsLoRA):
     """The decoder with its output layer, for tensor and expert parallelism, but no pipeline parallelism."""
 
     # vLLM looks up both names when it reads the configuration of a quantized model.
@@ -299,7 +305,9 @@ class MhmoeForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         """Create the model without weights; a model that vLLM has no layers for or cannot shard is a ServeError."""
         super().__init__()
-        config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        # vLLM reads both, the configuration to create adapters.
+        self.config, self.quant_config = vllm_config.model_config.hf_config, vllm_config.quant_config
+        config = self.config
         parallel = vllm_config.parallel_config
         check_fits(
             model_spec(config),

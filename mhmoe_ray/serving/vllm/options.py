@@ -38,7 +38,7 @@ OWNED = {
     "enable_expert_parallel": "serve.expert_parallel",
     "seed": "the field seed of requests",
     "stream_interval": "serve.stream_interval",
-    "enable_lora": "`mhmoe ckpt export --merge`",
+    **dict.fromkeys(("enable_lora", "max_loras", "max_cpu_loras", "lora_target_modules"), "serve.max_adapters"),
 }
 """Arguments of vLLM's engine that a spec cannot set, each with what to use in its place."""
 
