@@ -53,7 +53,6 @@ def test_mixed_answers_equal_those_of_each_merged_model(run_dir, adapters):
         engine.set_adapters({name: adapters[name] for name in ("ann", "bob")})
         names = ("", "ann", "bob")
         for _ in range(4):
-            # Equal prompts of other adapters are in the cache from the second time on.
             assert answers_of(engine, requests(*names)) == expected_answers(*names)
         assert engine.stats().step_tokens / engine.stats().steps > 8
         # The third adapter takes the place of the first one, and then of the second one under its name.
