@@ -108,7 +108,7 @@ class CheckpointManifest(BaseModel):
     tokenizer_sha256: str | None
     """Hash of the run's tokenizer.json; None for a vision model."""
     classes_sha256: str | None = None
-    """Hash of a vision model's file of class names; None for other models."""
+    """Hash of the file of class names or answers; None for models without classes."""
     data_sha256: str | None
     """Hash of the manifest of the prepared data in which `position` counts samples; None for imported weights."""
     files: dict[str, FileEntry]

@@ -24,7 +24,7 @@ def verify_run_file(checkpoint: Location, path: Location, sha256: str | None, su
 
 
 def load_run_classes(checkpoint: Location, manifest: CheckpointManifest) -> dict[str, list[str]]:
-    """Return a vision model's class names by task, in the order of the class numbers.
+    """Return the class names of a vision model's tasks, or the answers of an encoder's parts, in the order of numbers.
 
     An unreadable file or one with another hash is a CheckpointError, a damaged one a DataError.
     """

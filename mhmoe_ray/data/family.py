@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -38,7 +38,7 @@ class PartSamples(Protocol[T_co]):
 class PartSampleMaker(ABC):
     """Maker of the samples that a family's model reads, from stored ones."""
 
-    columns: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...]
     """Columns of the stored samples."""
 
     @abstractmethod

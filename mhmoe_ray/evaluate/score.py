@@ -169,6 +169,43 @@ class CaptionFigures(BaseModel):
         return FigureTable(["", "images", "BLEU-4", "CIDEr-D", "exactly right"], rows, lines)
 
 
+class AnswerScore(BaseModel):
+    """Score of answers to questions, or of the truth of sentences."""
+
+    samples: int
+    accuracy: float
+    """VQAv2's official accuracy of answers, or the share of sentences whose truth is right."""
+    consistency: float | None
+    """Share of sentences that are right for all their pairs of images; None for questions."""
+
+
+class AnswerFigures(BaseModel):
+    """Scores of a model and of its baselines on the same questions or sentences."""
+
+    model: AnswerScore
+    blank: AnswerScore
+    """Score of the model without seeing the images."""
+    language: AnswerScore | None
+    """Score of the most frequent training answer to each text; None without training data."""
+    nearest: AnswerScore | None
+    """Score of the answer of the nearest training image with the same text; None without training data."""
+
+    def table(self, name: str) -> FigureTable:
+        """Return the scores of domain `name`."""
+        scores = {
+            f"answers of {name}": self.model,
+            "  without the image": self.blank,
+            "  language alone": self.language,
+            "  nearest pixels": self.nearest,
+        }
+        rows = [
+            [label, f"{s.accuracy:.1%}", "-" if s.consistency is None else f"{s.consistency:.1%}", f"{s.samples:,}"]
+            for label, s in scores.items()
+            if s is not None
+        ]
+        return FigureTable(["", "accuracy", "consistency", "samples"], rows)
+
+
 class ProbeScore(BaseModel):
     """Accuracy of a linear probe that classifies images (`families/encoder/evaluate/probe.py`)."""
 
@@ -215,6 +252,7 @@ class EncoderFigures(FamilyFigures):
     image_values: dict[str, ImageValue]
     retrieval: dict[str, RetrievalFigures] = {}
     captions: dict[str, CaptionFigures] = {}
+    answers: dict[str, AnswerFigures] = {}
     classes: dict[str, ProbeScore] = {}
     training_images: int | None = None
     """Number of images that the baseline searches; None without a baseline."""
@@ -232,6 +270,7 @@ class EncoderFigures(FamilyFigures):
             values[f"{domain}, R@10 of images"] = retrieval.model.text_to_image.at_10
         for domain, captions in self.captions.items():
             values[f"{domain}, BLEU-4"], values[f"{domain}, CIDEr-D"] = captions.model.bleu, captions.model.cider
+        values |= {f"{domain}, accuracy": answers.model.accuracy for domain, answers in self.answers.items()}
         values |= {f"{domain}, accuracy of the probe": score.accuracy for domain, score in self.classes.items()}
         return values
 
@@ -254,6 +293,7 @@ class EncoderFigures(FamilyFigures):
         if self.retrieval:
             ranks = [f"{kind} R@{rank}" for kind in ("name", "image") for rank in (1, 5, 10)]
             tables.append(FigureTable(["retrieval in", "images", "captions", *ranks], self._retrieval_rows()))
+        tables += [figures.table(name) for name, figures in self.answers.items()]
         return tables + [figures.table(name) for name, figures in self.captions.items()]
 
     def _retrieval_rows(self) -> list[list[str]]:

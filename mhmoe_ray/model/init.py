@@ -32,6 +32,7 @@ def init_weights(model: Trunk, seed: int, on_tensor: Callable[[], None] = lambda
     | adapters | A as nn.Linear, B 0 (arXiv 2106.09685) |
     | convolutions of detectors | as nn.Conv2d |
     | factor of the contrastive loss | 1 / 0.07, as in CLIP |
+    | linear layers with an `initial_scale` | as nn.Linear, times this factor |
 
     "As nn.Linear" means that weights and biases are uniform in +-n^-0.5, where n is the fan-in of the matrix. In the
     head projection, n is d for the first layer, and h times the width of a sub-token for later layers; by default both
@@ -85,6 +86,7 @@ def _initial_tensor(model: Trunk, module: nn.Module, name: str, template: Tensor
 def _initial_values(model: Trunk, module: nn.Module, name: str, template: Tensor, generator: torch.Generator) -> Tensor:
     t = torch.empty(template.shape, dtype=template.dtype)
     _fill_initial_values(module, name, t, generator)
+    t *= getattr(module, "initial_scale", 1)
     return t if is_adapter(name) else modules_of(model.spec).rescale_initial(name, t, layers=model.spec.layers)
 
 

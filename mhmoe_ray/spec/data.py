@@ -70,13 +70,15 @@ class SourceSpec(Section):
     (`train.dpo`): records with a `prompt` and two answers to it, `chosen` and `rejected`, each a text or a list of
     messages; lists of whole conversations need no `prompt`. Images are not recognized either: `webdataset` (tar files
     with an image and a caption under each key), `images` (folders of image files, as ImageNet has them) and `coco`
-    (captions in COCO's JSON). Parquet and `huggingface` may have images as well; see `columns`."""
+    (captions in COCO's JSON), `vqa` (VQAv2's JSON of questions, with the annotations beside) and `nlvr2` (NLVR2's JSON
+    lines). Parquet and `huggingface` may have images as well; see `columns`."""
     columns: list[Column] | None = Field(default=None, min_length=1)
     """Columns of a sample of this source: `text`, `image`, or both; or for vision models `image` and `class`, or
     `image` and `objects`. The default is text and image for webdataset and coco, image for format images, and text for
     all other formats. Images are for models with an encoder and for vision models. `class` is the class of an image: in
     format images it is the name of the folder directly below the path, and in other formats it is read from
-    `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of instances."""
+    `class_field`. `objects` are the boxes, classes and masks in COCO's JSON of instances. By default, questions have
+    image, text and class (the answers), and sentences about two images have second_image as well."""
     text_field: str | None = Field(default=None, min_length=1)
     """Key or column with the text; by default `raw_content` in redpajama-v2, `text` elsewhere. In webdataset it is the
     suffix of the tar member with the caption, by default `txt`; json.KEY names a key of a JSON member."""
@@ -133,6 +135,12 @@ class SourceSpec(Section):
         return self
 
     def _check_annotation_columns(self) -> None:
+        if ("second_image" in self.sample_columns) != (self.format == "nlvr2"):
+            raise ValueError("columns has second_image if, and only if, format is nlvr2")
+        if self.format in ("vqa", "nlvr2"):
+            if not {"image", "text"}.issubset(self.sample_columns):
+                raise ValueError(f"columns of format {self.format} need image and text")
+            return
         annotations = [column for column in self.sample_columns if column in ("class", "objects")]
         if annotations and ("image" not in self.sample_columns or len(self.sample_columns) > 2):
             raise ValueError("columns with class or objects are those of vision models: image and one of the two")
@@ -186,7 +194,8 @@ class PartSpec(Section):
     a decoder. masked: the hidden patches and tokens of an image, a text or a pair are predicted; the default of an
     encoder. contrastive: each image is matched with its text among all texts of the part in the micro-batch, and each
     text with its image. caption: each token of a text, and its end, is predicted from its image and the tokens before
-    it. classify, detect: that of a vision model's task with the part's name; the key can be left out."""
+    it. answer: the answer to a question about an image is chosen from classes. compare: a sentence about two images is
+    true or false. classify, detect: that of a vision model's task with the part's name; the key can be left out."""
     weight: PositiveFloat = 1.0
     """Factor of this part's mean losses in the loss of an encoder or a vision model, which is the sum over parts."""
 

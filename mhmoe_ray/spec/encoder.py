@@ -30,6 +30,11 @@ class EncoderSpec(Section):
     """Number of entries of the codebook, for image_targets codebook."""
     d_match: Width | None = None
     """Width of the vectors that objective `contrastive` compares; by default the model has no head for it."""
+    answers: TokenCount | None = Field(default=None, ge=2)
+    """Number of answers from which objective `answer` chooses: the most frequent ones of the training data. By default
+    the model has no head for it. VQAv2 is trained with 3,129 answers."""
+    compares: bool = False
+    """If true, the model has a head for objective `compare`."""
     experts: Literal["beside", "replace"] = "beside"
     """Position of the experts in their layers. beside: their output is added to that of the feed-forward layers.
     replace: they take the place of the feed-forward layers."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-Column = Literal["class", "image", "objects", "text"]
+Column = Literal["class", "image", "objects", "second_image", "text"]
 
 _READERS = "mhmoe_ray.data.sources"
 _JSON_LINES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson")
@@ -25,6 +25,8 @@ class FormatTraits(NamedTuple):
     possible_columns: tuple[Column, ...] = ("text",)
     is_chat: bool = False
     """True if records have conversations, which a chat template renders."""
+    has_image_folders: bool = False
+    """True if files name images, which are in folders beside them."""
 
 
 FORMATS: dict[str, FormatTraits] = {
@@ -66,6 +68,21 @@ FORMATS: dict[str, FormatTraits] = {
         (".json", ".json.gz", ".json.zst"),
         columns=("image", "text"),
         possible_columns=("image", "objects", "text"),
+        has_image_folders=True,
+    ),
+    "vqa": FormatTraits(
+        f"{_READERS}.questions:read_vqa",
+        ("questions.json",),
+        columns=("class", "image", "text"),
+        possible_columns=("class", "image", "text"),
+        has_image_folders=True,
+    ),
+    "nlvr2": FormatTraits(
+        f"{_READERS}.questions:read_nlvr2",
+        (".json", ".jsonl"),
+        columns=("class", "image", "second_image", "text"),
+        possible_columns=("class", "image", "second_image", "text"),
+        has_image_folders=True,
     ),
 }
 """All formats by their name in a spec (`data.sources.NAME.format`)."""

@@ -273,6 +273,11 @@ class ModelSpec(Section):
         return MODEL_FAMILIES[self.kind]
 
     @property
+    def has_classes(self) -> bool:
+        """True if the outputs are classes with names, which the training data determines."""
+        return self.vision is not None or (self.encoder is not None and self.encoder.answers is not None)
+
+    @property
     def architecture(self) -> Architecture:
         return ARCHITECTURES[self.backbone]
 

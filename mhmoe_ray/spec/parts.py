@@ -12,8 +12,9 @@ from mhmoe_ray.spec.vision import VisionSpec
 if TYPE_CHECKING:
     from mhmoe_ray.spec.run import RunSpec
 
-LossKind = Literal["image", "text", "match", "caption"]
-"""Loss of an encoder on hidden patches, hidden tokens, matches of images with texts, or captions."""
+LossKind = Literal["image", "text", "match", "caption", "answer", "compare"]
+"""Loss of an encoder on hidden patches, hidden tokens, matches of images with texts, captions, answers to questions, or
+the truth of sentences about two images."""
 
 
 class ObjectiveTraits(NamedTuple):
@@ -28,6 +29,12 @@ class ObjectiveTraits(NamedTuple):
     """True if images are compared with all texts of the part in a micro-batch, and encoded apart."""
     loss: LossKind | None = None
     """Kind of the single loss; None if each column has a loss."""
+    columns: tuple[Column, ...] | None = None
+    """Columns that the sources must have; None if images, texts and pairs fit."""
+    format: str | None = None
+    """Format of sources with these columns."""
+    head: str | None = None
+    """Key of `model.encoder` that gives the model the head of the objective."""
     implementation: str | None = None
     """Module and name of the `train.objectives.Objective` subclass, if it is not that of the model's family."""
     figures: tuple[str, ...] = ()
@@ -47,8 +54,18 @@ OBJECTIVES: dict[str, ObjectiveTraits] = {
         figures=("chosen", "rejected", "margins", "accuracies"),
     ),
     "masked": ObjectiveTraits("encoder", hides=True),
-    "contrastive": ObjectiveTraits("encoder", compares=True, loss="match"),
+    "contrastive": ObjectiveTraits("encoder", compares=True, loss="match", head="d_match"),
     "caption": ObjectiveTraits("encoder", writes=True, loss="caption"),
+    "answer": ObjectiveTraits(
+        "encoder", loss="answer", columns=("class", "image", "text"), format="vqa", head="answers"
+    ),
+    "compare": ObjectiveTraits(
+        "encoder",
+        loss="compare",
+        columns=("class", "image", "second_image", "text"),
+        format="nlvr2",
+        head="compares",
+    ),
     "classify": ObjectiveTraits("vision"),
     "detect": ObjectiveTraits("vision"),
 }
@@ -84,6 +101,16 @@ class MicroBatchPart(NamedTuple):
     def is_joint(self) -> bool:
         """True if each sample is a pair of an image and a text, with attention over both together."""
         return len(self.columns) > 1 and not self.traits.compares
+
+    @property
+    def pairs_per_sample(self) -> int:
+        """Number of images of a sample that has any, each of which is encoded with the sample's text."""
+        return 2 if "second_image" in self.columns else 1
+
+    @property
+    def pairs(self) -> int:
+        """Number of images or texts that are encoded for all samples of the part."""
+        return self.samples * self.pairs_per_sample
 
     @property
     def masking_keys(self) -> tuple[str, ...]:
@@ -159,7 +186,18 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
     for part in spec.parts:
         for source in part.sources:
             columns = spec.data.sources[source].sample_columns
-            if not {"image", "text"}.issuperset(columns):
+            if part.traits.columns not in (None, columns):
+                needed, format = ", ".join(part.traits.columns or ()), part.traits.format
+                raise ValueError(
+                    f"part {part.name} is {part.objective}, so its samples need {needed}, but data.sources.{source} "
+                    f"has {', '.join(columns)}: name a source of format {format}"
+                )
+            if part.traits.columns is None and "second_image" in columns:
+                raise ValueError(
+                    f"data.sources.{source} has two images in a sample, but part {part.name} is {part.objective}, "
+                    "which reads one: set its objective to compare"
+                )
+            if part.traits.columns is None and not {"image", "text"}.issuperset(columns):
                 raise ValueError(f"data.sources.{source} has {columns[0]} for vision models: set its columns")
             if columns != part.columns:
                 raise ValueError(
@@ -179,15 +217,16 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
     if len(set(losses)) < len(losses):
         raise ValueError(f"two losses of the parts have the same name, among {', '.join(losses)}: rename a part")
     # An encoder must learn to read both images and texts, unless it starts from a model that has learned both already.
-    if {column for part in spec.parts for column in part.columns} != {"image", "text"} and spec.start is None:
+    if not {column for part in spec.parts for column in part.columns} >= {"image", "text"} and spec.start is None:
         raise ValueError(
             "an encoder needs parts with images and with texts, or with pairs, unless it starts from another run"
         )
     spec.train.masking.check_use({key for part in spec.parts for key in part.masking_keys}, encoder.patches)
-    has_contrast = any(part.traits.compares for part in spec.parts)
-    if has_contrast != (encoder.d_match is not None):
-        state = "missing" if has_contrast else "given, but no part of data.parts is contrastive"
-        raise ValueError(f"model.encoder.d_match is {state}: set both or none")
+    for objective, traits in OBJECTIVES.items():
+        is_trained = any(part.objective == objective for part in spec.parts)
+        if traits.head is not None and is_trained != bool(getattr(encoder, traits.head)):
+            state = "missing" if is_trained else f"given, but no part of data.parts is {objective}"
+            raise ValueError(f"model.encoder.{traits.head} is {state}: set both or none")
     if spec.data.seq_len > encoder.text_positions:
         raise ValueError(
             f"data.seq_len is {spec.data.seq_len}, but a text has {encoder.text_positions} positions: lower it, or "

@@ -377,10 +377,14 @@ class RunSpec(Section):
         if encoder is None:
             return [(self.data.seq_len, self.train.micro_batch_size)]
         for part in self.parts:
-            column_lengths = [encoder.image_tokens if name == "image" else self.data.seq_len for name in part.columns]
+            column_lengths = [
+                encoder.image_tokens if name == "image" else self.data.seq_len
+                for name in part.columns
+                if name in ("image", "text")
+            ]
             if part.is_joint:
                 column_lengths = [sum(column_lengths)]
-            lengths += [(length, part.samples) for length in column_lengths]
+            lengths += [(length, part.pairs) for length in column_lengths]
         return lengths
 
     def with_absolute_paths(self, base: Path) -> Self:

@@ -8,10 +8,14 @@ from mhmoe_ray.checkpoint.huggingface.tokenizer import tokenizer_identity
 from mhmoe_ray.checkpoint.start.source import StartModel
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.spec import ModelSpec, MoESpec, StartSpec
+from mhmoe_ray.spec.parts import OBJECTIVES
 from mhmoe_ray.storage import Location
 
 POSITION_KEYS = {"rope_theta", "rope_scaling"}
 """Keys of a `model` section that a run may change at its start, to read longer texts, although the results change."""
+
+ENCODER_HEADS = [traits.head for traits in OBJECTIVES.values() if traits.head is not None]
+"""Keys of `model.encoder` that give a model the head of an objective."""
 
 
 def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[StartModel]) -> None:
@@ -32,9 +36,10 @@ def check_start(start: StartSpec, model: ModelSpec, start_models: Sequence[Start
         raise SpecError(f"start.from {first_model.ancestor.name}", reason, fix)
     _check_new_experts(start, model, first_model.model)
     encoder, start_encoder = model.encoder, first_model.model.encoder
-    if start.optimizer and encoder and start_encoder and encoder.d_match and not start_encoder.d_match:
-        reason = "start.optimizer is true, but the head of model.encoder.d_match is new and has no state"
-        raise SpecError(f"start.from {first_model.ancestor.name}", reason, "set start.optimizer to false")
+    for key in ENCODER_HEADS if start.optimizer and encoder and start_encoder else ():
+        if getattr(encoder, key) and not getattr(start_encoder, key):
+            reason = f"start.optimizer is true, but the head of model.encoder.{key} is new and has no state"
+            raise SpecError(f"start.from {first_model.ancestor.name}", reason, "set start.optimizer to false")
     domains, start_domains = _expert_names(model), _expert_names(first_model.model)
     if start.optimizer and domains != start_domains:
         # The moments are copied in the order of the experts, and new experts have none.
@@ -95,9 +100,10 @@ def _copy_problems(model: ModelSpec, start_model: ModelSpec, count: int) -> Iter
     # The selection biases of a router begin at zero, where they change nothing, so a run may add them.
     if model.moe and start_model.moe and not start_model.moe.bias_rate:
         ignored_keys.add("bias_rate")
-    # The head of the contrastive objective may be added with its initial values, or left out.
-    if model.encoder and start_model.encoder and None in (model.encoder.d_match, start_model.encoder.d_match):
-        ignored_keys.add("d_match")
+    # The head of an objective may be added with its initial values, or left out.
+    if (encoder := model.encoder) and (start_encoder := start_model.encoder):
+        heads = ((key, getattr(encoder, key), getattr(start_encoder, key)) for key in ENCODER_HEADS)
+        ignored_keys |= {key for key, head, start_head in heads if not head or not start_head}
     # Experts that are named by their domains may be added, left out and reordered.
     if model.moe and start_model.moe and model.moe.router == start_model.moe.router == "domain":
         ignored_keys |= {"experts", "domains"}

@@ -1,11 +1,11 @@
-"""Annotations of images for vision models, and their storage as JSON.
+"""Annotations of images, questions and sentences, and their storage as JSON.
 
 A class is stored by name; its number is its index among the sorted class names in a task's training samples.
 """
 
 import importlib.util
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -31,10 +31,13 @@ class Annotation(NamedTuple):
     """The class of an image, or its objects."""
 
     class_name: str | None = None
-    """None if the source has objects."""
+    """Class of the image, most frequent answer to the question, or "True" or "False" for a sentence; None if the source
+    has objects."""
     instances: tuple[Instance, ...] = ()
     image_id: int | str | None = None
-    """Id of the image in its source; None if the source has classes of images."""
+    """Id of the image, question or sentence in its source; None if the source has classes of images."""
+    answers: tuple[str, ...] = ()
+    """Answers of all annotators to the question; empty without a question."""
 
     @property
     def class_names(self) -> set[str]:
@@ -55,7 +58,10 @@ def require_image_packages(sources: Iterable[SourceSpec]) -> None:
 def pack(annotation: Annotation) -> bytes:
     """Return an annotation as the JSON that shards store."""
     if annotation.class_name is not None:
-        return orjson.dumps({"class": annotation.class_name})
+        fields: dict[str, Any] = {"class": annotation.class_name}
+        if annotation.image_id is not None:
+            fields |= {"image_id": annotation.image_id, "answers": annotation.answers}
+        return orjson.dumps(fields)
     return orjson.dumps({"image_id": annotation.image_id, "objects": [i._asdict() for i in annotation.instances]})
 
 
@@ -63,7 +69,7 @@ def unpack(content: bytes) -> Annotation:
     """Return the annotation in the JSON that `pack` made."""
     tree = orjson.loads(content)
     if "class" in tree:
-        return Annotation(tree["class"])
+        return Annotation(tree["class"], image_id=tree.get("image_id"), answers=tuple(tree.get("answers", ())))
     instances = (Instance(**{**fields, "box": tuple(fields["box"])}) for fields in tree["objects"])
     return Annotation(None, tuple(instances), tree["image_id"])
 

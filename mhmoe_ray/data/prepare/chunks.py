@@ -144,7 +144,7 @@ def _file_chunks(
         for item in items:
             if isinstance(item, Document):
                 documents.append(item)
-                size += len(item.text) + len(item.image or b"") + len(item.annotation or b"")
+                size += len(item.text) + sum(map(len, filter(None, (item.image, item.second_image, item.annotation))))
             else:
                 bad_entries.append(quarantine_entry(file.domain, item))
                 # A fixed size is added instead of the entry's length, which depends on the names of folders: the

@@ -32,6 +32,8 @@ class RowCounts(BaseModel):
     """Tokens in no row, because their document was cut."""
     class_names: list[str] = []
     """All classes in the annotations of a vision model, sorted."""
+    class_counts: dict[str, int] = {}
+    """Training rows of each class of an encoder's questions and sentences."""
     objects_without_mask: int = 0
     """All annotated objects with a box but no mask."""
     file_bytes: int = 0

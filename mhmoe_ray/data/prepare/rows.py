@@ -18,7 +18,7 @@ from mhmoe_ray.data.prepare.documents import ShardDocuments
 from mhmoe_ray.data.prepare.packing import PackingSettings, ShardResult
 from mhmoe_ray.data.prepare.parts import PartSlice, RowCounts, TokenisedPart, part_file
 from mhmoe_ray.data.prepare.validation import ValidationSplit, select_rows
-from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, TOKENS, padding_token, token_dtype
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, SECOND_IMAGE, TOKENS, padding_token, token_dtype
 from mhmoe_ray.data.shards.documents import write_index
 from mhmoe_ray.data.shards.files import (
     SHARD_BYTES,
@@ -31,6 +31,7 @@ from mhmoe_ray.data.shards.files import (
 )
 from mhmoe_ray.data.shards.manifest import Shard
 from mhmoe_ray.data.sources import Document
+from mhmoe_ray.data.sources.images import image_hash
 from mhmoe_ray.storage import Location
 
 SHARD_PARTS = 10_000
@@ -42,6 +43,8 @@ def update_digest(digest: "hashlib._Hash", documents: Sequence[Document], seq_le
     digest.update(f"rows of {seq_len}".encode())
     if any(document.image_hash for document in documents):
         digest.update(repr([(bool(document.image), document.image_hash or "") for document in documents]).encode())
+    if any(document.second_image for document in documents):
+        digest.update(f"second images {[image_hash(document.second_image or b'') for document in documents]}".encode())
     if any(document.annotation for document in documents):
         digest.update(f"annotations {[document.annotation or b'' for document in documents]}".encode())
 
@@ -58,29 +61,47 @@ def make_rows(
     `token_ids` has each document's tokens with the start token, or none; `held_out` says which are held out.
     """
     counts, padding = RowCounts(), padding_token(token_bytes)
-    train_rows, held_out_rows = list[tuple[np.ndarray, bytes]](), list[tuple[np.ndarray, bytes]]()
+    train_rows, held_out_rows = list[_Row](), list[_Row]()
     for document, tokens, is_held_out in zip(documents, token_ids, held_out, strict=True):
         image = document.image or b""
-        rows = [(row, image) for row in token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
+        values = image, document.second_image, document.annotation
+        rows = [_Row(row, *values) for row in token_rows(tokens, bool(image), seq_len, padding, token_bytes)]
         if is_held_out:
             held_out_rows += rows
             continue
         train_rows += rows
         counts.images += bool(image) * len(rows)
-        counts.image_bytes += len(image)
+        counts.image_bytes += len(image) + len(document.second_image or b"")
+        if document.annotation is not None:
+            class_name = unpack(document.annotation).class_name or ""
+            counts.class_counts[class_name] = counts.class_counts.get(class_name, 0) + 1
         # Start tokens are not counted: each row of a text has one of its own, but the document has only one.
-        targets = sum(int((row[1:] != padding).sum()) for row, _ in rows)
+        targets = sum(int((row.tokens[1:] != padding).sum()) for row in rows)
         counts.targets += targets
-        counts.padding += sum(int((row == padding).sum()) for row, _ in rows)
+        counts.padding += sum(int((row.tokens == padding).sum()) for row in rows)
         counts.cut_tokens += max(0, len(tokens) - 1) - targets
         counts.cut_documents += len(tokens) > seq_len
     counts.samples, counts.held_out_samples = len(train_rows), len(held_out_rows)
     rows = [*train_rows, *held_out_rows]
     if not rows:
         return memoryview(b""), counts
-    content = file_content(to_batch({TOKENS: np.stack([row for row, _ in rows]), IMAGE: [image for _, image in rows]}))
+    # All documents of a chunk are of one source, so either all rows have a second image or an annotation, or none has.
+    columns = {TOKENS: np.stack([row.tokens for row in rows]), IMAGE: [row.image for row in rows]}
+    for name, column in ((SECOND_IMAGE, [r.second_image for r in rows]), (ANNOTATION, [r.annotation for r in rows])):
+        if column[0] is not None:
+            columns[name] = column
+    content = file_content(to_batch(columns))
     counts.file_bytes = len(content)
     return content, counts
+
+
+class _Row(NamedTuple):
+    """Values of a row in the columns of a shard."""
+
+    tokens: np.ndarray
+    image: bytes
+    second_image: bytes | None
+    annotation: bytes | None
 
 
 def make_annotated_rows(documents: Sequence[Document], held_out: Sequence[bool]) -> tuple[memoryview, RowCounts]:
@@ -198,7 +219,11 @@ def write_validation_rows(
                 continue
             rows = map_rows(settings.parts, part_slice)
             for index in indices.tolist():
-                batches.append(row := rows.slice(index, 1))
+                row = rows.slice(index, 1)
+                # Rows of other columns are in other shards.
+                if batches and row.schema != batches[-1].schema:
+                    write()
+                batches.append(row)
                 targets += _count_targets(row, settings.token_bytes)
                 size += row_bytes(row)
                 if size >= SHARD_BYTES:

@@ -9,7 +9,8 @@ sample has T + 1 values, of which the first T belong to the model's input and th
     | targets         | whether the token is a target            | 1 bit per token        | conversations          |
     | document_starts | whether the token begins a document      | 1 bit per token        | conversations          |
     | image           | the source's image file, perhaps empty   | once in a shard        | encoders, vision       |
-    | annotation      | class or objects (images/annotations.py) | JSON                   | vision                 |
+    | second_image    | the second image file of a sentence      | once in a shard        | encoders               |
+    | annotation      | class or objects (images/annotations.py) | JSON                   | vision, questions      |
 
 A decoder's samples with tokens only are a plain array of token ids; others are a structured array with a field for each
 column. In text, all tokens except padding are targets, and a start token begins each document. In a conversation, the
@@ -28,7 +29,7 @@ StoredColumns = Mapping[str, Any]
 """Columns of stored samples by name: an array (samples, length) of rows of values, or a sequence of values (bytes)."""
 
 TOKENS, TARGETS, DOCUMENT_STARTS = "tokens", "targets", "document_starts"
-IMAGE, ANNOTATION = "image", "annotation"
+IMAGE, SECOND_IMAGE, ANNOTATION = "image", "second_image", "annotation"
 
 
 class Column(NamedTuple):
@@ -45,6 +46,7 @@ COLUMNS = {
     TARGETS: Column("bits"),
     DOCUMENT_STARTS: Column("bits"),
     IMAGE: Column("bytes", is_shared=True),
+    SECOND_IMAGE: Column("bytes", is_shared=True),
     ANNOTATION: Column("bytes"),
 }
 

@@ -122,11 +122,13 @@ class EncoderData(BaseModel):
 
     codebook_sha256: str | None = None
     """None if the encoder has no codebook."""
+    classes_sha256: str | None = None
+    """None if the encoder answers no questions."""
 
     @property
     def files(self) -> dict[str, str | None]:
         """Hashes of the family's files; None for a missing one."""
-        return {CODEBOOK_FILE: self.codebook_sha256}
+        return {CODEBOOK_FILE: self.codebook_sha256, CLASSES_FILE: self.classes_sha256}
 
 
 class VisionData(BaseModel):

@@ -109,10 +109,12 @@ class ShardReader:
         )
 
     def read_values(self, column: str, numbers: np.ndarray) -> list[bytes]:
-        """Return the values of samples in a column of values of any length."""
+        """Return the values of samples in a column of values of any length; empty ones if a shard lacks the column."""
         shard_of, row_of = self._locate(numbers)
+        batches = {shard: self._batch(shard) for shard in np.unique(shard_of)}
         return [
-            self._batch(shard).column(column)[int(row)].as_py() for shard, row in zip(shard_of, row_of, strict=True)
+            batches[shard].column(column)[int(row)].as_py() if column in batches[shard].schema.names else b""
+            for shard, row in zip(shard_of, row_of, strict=True)
         ]
 
     def read_column(self, column: str, numbers: np.ndarray) -> np.ndarray | list[bytes]:

@@ -66,7 +66,8 @@ def read_coco(
         yield BadLine(file.path, 1, Reason.PART_LOST, damage.reason)
         return
     del content
-    finder, read_ids = _ImageFinder(storage, file.path), set[int | str]()
+    split = file.path.rpartition("/")[2].partition(".")[0].rpartition("_")[2]
+    finder, read_ids = ImageFinder(storage, file.path, [f"{split}/"]), set[int | str]()
     by_image: dict[Any, list[_ImageAnnotation]] = defaultdict(list)
     known_ids = {entry.get("id") for entry in coco.images if isinstance(entry, dict) and _is_id(entry.get("id"))}
     for number, entry in enumerate(coco.annotations if columns != ("image",) else (), start=1):
@@ -209,17 +210,16 @@ def _checked_box(bbox: object, width: int, height: int) -> tuple[float, float, f
     return x_min, y_min, x_max, y_max
 
 
-class _ImageFinder:
-    """Finder of the image files that a JSON file of COCO names."""
+class ImageFinder:
+    """Finder of the image files that a JSON file names: in its folder, in the parent, and in subfolders of both."""
 
-    def __init__(self, storage: Storage, path: str) -> None:
+    def __init__(self, storage: Storage, path: str, subfolders: Sequence[str]) -> None:
         self._storage = storage
-        folder, _, file_name = path.rpartition("/")
+        folder = path.rpartition("/")[0]
         parent = folder.rpartition("/")[0]
-        split = file_name.partition(".")[0].rpartition("_")[2]
         roots = [folder, parent] if parent and not parent.endswith(("/", ":")) else [folder]
         self._folders = [f"{root}/" if root else "" for root in roots]
-        self._folders += [f"{root}{split}/" for root in self._folders]
+        self._folders += [f"{root}{subfolder}" for subfolder in subfolders for root in self._folders]
 
     def read_image(self, name: str, limit: int) -> bytes | Fault:
         """Return an image file, or the reason why it cannot be read; reading stops after `limit` bytes."""

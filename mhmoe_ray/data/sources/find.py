@@ -171,6 +171,7 @@ def list_files(storage: Storage, prepared: Location) -> tuple[str, list[ListedFi
 
 
 _SAMPLE_ARGUMENTS = {
+    "second_image": "data/questions --questions",
     "objects": "data/scenes --scenes",
     "class": "data/scenes --scenes",
     "image": "data/pictures --pictures",
@@ -231,9 +232,8 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     for subfolder in spec.shared_subfolders(name):
         if subfolder not in domains:
             _refuse_empty_subfolder(subject, subfolder, root, format)
-    # Each existing subfolder must have files of the format. COCO is an exception, because its images are in other
-    # folders than its annotations.
-    if subfolders is None and FORMATS[format].suffixes and format != "coco":
+    # Each existing subfolder must have files of the format, except those with the images that other files name.
+    if subfolders is None and FORMATS[format].suffixes and not FORMATS[format].has_image_folders:
         existing_subfolders = {subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER}
         for subfolder in sorted(existing_subfolders - (filled_subfolders or domains)):
             _refuse_empty_subfolder(subject, subfolder, root, format)

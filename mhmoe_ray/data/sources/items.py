@@ -62,7 +62,9 @@ class Document(NamedTuple):
     """Hash of the record's image, also if the source uses only texts: the validation split keeps an image's documents
     together."""
     annotation: bytes | None = None
-    """Class or objects of the image, encoded by `data.images.annotations.pack`."""
+    """Class or objects of the image, or answers to the text, encoded by `data.images.annotations.pack`."""
+    second_image: bytes | None = None
+    """Second image, if the text is a sentence about two."""
     lines: int = 1
     """Number of lines that it takes from `line` on; more than 1 only in plain text."""
     name: str = ""
@@ -95,6 +97,7 @@ class Reason(StrEnum):
     IMAGE_LIMIT = "its image exceeds a fixed limit"
     DAMAGED_IMAGE = "its image is damaged"
     NO_CLASS = "it has no class"
+    NO_ANSWER = "it has no usable answers"
     BAD_OBJECT = "its object cannot be used"
     NO_SIGNALS = "it cannot be judged by its signals"
     PART_LOST = "a part of the file is lost"

@@ -12,6 +12,8 @@
 | webdataset   | the image and the caption of a sample in a tar file          | webdataset.py   |
 | images       | an image file                                                | images.py       |
 | coco         | a caption and its image, or an image with its objects        | coco.py         |
+| vqa          | a question with its image and its answers                    | questions.py    |
+| nlvr2        | a sentence with its two images and its label                 | questions.py    |
 """
 
 from collections.abc import Iterator

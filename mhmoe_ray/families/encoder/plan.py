@@ -1,7 +1,7 @@
 """Plans of encoders: sizes of patches, positions, outputs for hidden patches and tokens, and the matching head."""
 
 from mhmoe_ray.architectures import FLOAT32
-from mhmoe_ray.planner.family import MATCH, OUTPUT, PATCHES, FamilyPlan, ModelPart, all_active
+from mhmoe_ray.planner.family import HEADS, MATCH, OUTPUT, PATCHES, FamilyPlan, ModelPart, all_active
 from mhmoe_ray.spec import EncoderSpec, ModelSpec, RunSpec
 
 
@@ -27,6 +27,13 @@ class EncoderPlan(FamilyPlan):
         parts = [ModelPart(OUTPUT, 1, *all_active(outputs), 0)]
         if encoder.d_match is not None:
             parts.append(ModelPart(MATCH, 1, *all_active(2 * model.d_model * encoder.d_match + 1), 0))
+        d, answers = model.d_model, encoder.answers
+        if answers is not None:
+            norms, linear = 2 * d + 4 * d, (d + 1) * d + (d + 1) * 2 * d + (2 * d + 1) * answers
+            parts.append(ModelPart(HEADS, 1, *all_active(norms + linear), 0))
+        if encoder.compares:
+            norms, linear = 8 * d + 4 * d, (4 * d + 1) * 2 * d + (2 * d + 1) * 2
+            parts.append(ModelPart(HEADS, 1, *all_active(norms + linear), 0))
         return parts
 
     def routers(self, model: ModelSpec) -> int:

@@ -68,6 +68,7 @@ class BatchMaker:
             self._patch_targets(image_NYXC, patch_I),
             transfer(hidden_token_J),
             transfer(target_J),
+            transfer(samples.labels),
         )
 
     def _predicted_tokens(self, parts: Iterable[MicroBatchPart], token_NT: np.ndarray) -> np.ndarray:
@@ -77,7 +78,7 @@ class BatchMaker:
         """
         predicted_NT, first_text = token_NT, 0
         for part in parts:
-            texts = slice(first_text, first_text := first_text + part.samples * ("text" in part.columns))
+            texts = slice(first_text, first_text := first_text + part.pairs * ("text" in part.columns))
             if part.traits.writes:
                 next_BT = np.roll(token_NT[texts], -1, axis=1)
                 start_B1 = token_NT[texts, :1]
@@ -97,7 +98,7 @@ class BatchMaker:
 def _groups(parts: Iterable[MicroBatchPart], samples: EncoderSamples) -> Iterator[Group]:
     first_image = first_text = 0
     for part in parts:
-        images, texts = (part.samples * (column in part.columns) for column in ("image", "text"))
+        images, texts = (part.pairs * (column in part.columns) for column in ("image", "text"))
         patch_hidden = samples.patch_hidden[first_image : first_image + images]
         token_predicted = samples.token_predicted[first_text : first_text + texts]
         first_image, first_text = first_image + images, first_text + texts

@@ -7,7 +7,10 @@ import numpy as np
 
 
 class EncoderSamples(NamedTuple):
-    """Samples of an encoder for one or several parts of a micro-batch, in the order of the parts."""
+    """Samples of an encoder for one or several parts of a micro-batch, in the order of the parts.
+
+    A sentence about two images has two neighbouring rows of images, and two equal rows of texts.
+    """
 
     images: np.ndarray
     """Cropped images, (images, size, size, 3) uint8."""
@@ -19,6 +22,9 @@ class EncoderSamples(NamedTuple):
     """Tokens of the texts as the model reads them, (texts, T): most of the hidden ones are replaced."""
     token_predicted: np.ndarray
     """Mask, (texts, T) bool: hidden tokens, or in captions the positions that predict the next token or the end."""
+    labels: np.ndarray
+    """Classes of questions and sentences, (questions, 10) int64, and -1 for none: the annotators' answers, or first the
+    truth of a sentence. Samples of other parts have no row."""
 
     @classmethod
     def join(cls, parts: Iterable["EncoderSamples"]) -> "EncoderSamples":
@@ -31,6 +37,6 @@ class EncoderSamples(NamedTuple):
         return max(len(self.images), len(self.tokens))
 
     def rows(self, start: int, stop: int) -> "EncoderSamples":
-        """Return samples `start` to `stop` - 1; all samples must belong to one part."""
+        """Return samples `start` to `stop` - 1; all must belong to one part, which is not about two images."""
         # A column that the part does not have is empty, and so is any slice of it.
         return EncoderSamples(*(column[start:stop] for column in self))

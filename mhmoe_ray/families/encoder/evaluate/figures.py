@@ -9,22 +9,28 @@ from tokenizers import Tokenizer
 
 from mhmoe_ray.checkpoint.load import load_for_inference
 from mhmoe_ray.checkpoint.manifest import CheckpointManifest
+from mhmoe_ray.checkpoint.run_files import load_run_classes
 from mhmoe_ray.checkpoint.tokenizer import load_run_tokenizer
+from mhmoe_ray.data.domains import source_of
+from mhmoe_ray.data.images.annotations import unpack
 from mhmoe_ray.data.samples import held_out_samples
+from mhmoe_ray.data.shards.columns import ANNOTATION, IMAGE, SECOND_IMAGE
 from mhmoe_ray.data.shards.manifest import require_data_manifest, require_matching_data
+from mhmoe_ray.data.sources.questions import LABELS
 from mhmoe_ray.data.tokenizer import DocumentEncoder, boundaries
 from mhmoe_ray.evaluate.answer import EvaluationAnswer, EvaluationContext
 from mhmoe_ray.evaluate.request import RoutingCounts
 from mhmoe_ray.evaluate.score import CaptionFigures, EncoderFigures, EncoderLossScore, ProbeScore
 from mhmoe_ray.families.encoder.data.rows import read_codebook
 from mhmoe_ray.families.encoder.data.samples import Pairs, held_out_pairs
+from mhmoe_ray.families.encoder.evaluate.answers import TrainingAnswers, answer_figures, sample_images
 from mhmoe_ray.families.encoder.evaluate.captions import score_captions
 from mhmoe_ray.families.encoder.evaluate.meter import EncoderMeter, raw_pairs
 from mhmoe_ray.families.encoder.evaluate.probe import classify
 from mhmoe_ray.families.encoder.evaluate.retrieval import Candidates, nearest_scores, retrieval_figures
 from mhmoe_ray.families.encoder.model import Encoder
-from mhmoe_ray.families.images.nearest import NearestImages, training_manifest, training_reader
-from mhmoe_ray.spec import RunSpec
+from mhmoe_ray.families.images.nearest import MAX_IMAGES, NearestImages, training_manifest, training_reader
+from mhmoe_ray.spec import MicroBatchPart, RunSpec
 from mhmoe_ray.storage import location
 
 EXAMPLES = 8
@@ -74,9 +80,20 @@ def encoder_figures(context: EvaluationContext) -> EvaluationAnswer:
     training_images = baseline.neighbours.image_count if baseline else None
     figures = EncoderFigures(losses=losses, image_values={}, training_images=training_images)
     routing = dict[str, RoutingCounts]()
+    answers = load_run_classes(checkpoint, manifest) if spec.model.has_classes else {}
     for domain_pairs in pairs:
         domain = domain_pairs.domain
         routing |= meter.count_routes(domain_pairs)
+        if domain_pairs.annotations:
+            if part := answering_part(spec, domain_pairs):
+                training = _read_training_answers(spec, manifest, part, print_line)
+                names = answers.get(part.name, LABELS)
+                model_answers, blank_answers = (
+                    [names[number] for number in meter.answers(part, domain_pairs, len(names), shows_images=shows)]
+                    for shows in (True, False)
+                )
+                figures.answers[domain] = answer_figures(domain_pairs, model_answers, blank_answers, training)
+            continue
         if hides_text and (value := meter.image_value(domain_pairs)):
             figures.image_values[domain] = value
         if model.match is not None:
@@ -103,6 +120,32 @@ def _read_baseline(
     pair_sources = [name for name, source in spec.data.sources.items() if len(source.sample_columns) > 1]
     reader = training_reader(spec, manifest, pair_sources)
     return Baseline(reader.read(np.arange(len(reader))), NearestImages.of_training(reader))
+
+
+def answering_part(spec: RunSpec, pairs: Pairs) -> MicroBatchPart | None:
+    """Return the part that trained the answers to the texts of pairs: that with their source, or else the first one.
+
+    It is None if the model has no head for them.
+    """
+    objective = "compare" if pairs.second_images else "answer"
+    parts = [part for part in spec.parts if part.objective == objective]
+    return next((part for part in parts if source_of(pairs.domain) in part.sources), parts[0] if parts else None)
+
+
+def _read_training_answers(
+    spec: RunSpec, checkpoint: CheckpointManifest, part: MicroBatchPart, print_line: Callable[[str], None]
+) -> TrainingAnswers | None:
+    """Return the training samples of a part of questions or sentences; None if the data is gone or was replaced."""
+    manifest = training_manifest(spec, checkpoint.data_sha256, print_line)
+    if manifest is None:
+        return None
+    reader = training_reader(spec, manifest, part.sources)
+    # Each image must be decoded, so evenly spaced samples stand for all.
+    rows = np.unique(np.linspace(0, len(reader) - 1, min(MAX_IMAGES, len(reader))).round().astype(np.int64))
+    second_images = reader.read_values(SECOND_IMAGE, rows) if part.pairs_per_sample == 2 else ()
+    images = sample_images(reader.read_values(IMAGE, rows), second_images)
+    answers = [unpack(content).class_name or "" for content in reader.read_values(ANNOTATION, rows)]
+    return TrainingAnswers(reader.read(rows), answers, NearestImages(images))
 
 
 def _class_score(pairs: Pairs, probe_pairs: Sequence[Pairs], meter: EncoderMeter) -> ProbeScore:

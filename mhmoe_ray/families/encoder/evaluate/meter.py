@@ -11,6 +11,7 @@ import torch
 
 from mhmoe_ray.data.draws import seeded_hash
 from mhmoe_ray.data.family import PartSamples
+from mhmoe_ray.data.images.annotations import unpack
 from mhmoe_ray.data.prepare.rows import token_rows
 from mhmoe_ray.data.shards.columns import IMAGE, TOKENS, padding_token, token_bytes_for
 from mhmoe_ray.data.sources import Document, FileReader, find_files
@@ -187,6 +188,23 @@ class EncoderMeter:
             features.append(torch.cat(parts, 1).float().cpu().numpy())
         return np.concatenate(features)
 
+    @torch.no_grad()
+    def answers(self, part: MicroBatchPart, pairs: Pairs, classes: int, *, shows_images: bool) -> list[int]:
+        """Return the class that the model gives each text among the first `classes`; without images, they are grey."""
+        numbers, [kind] = list[int](), part.loss_kinds
+        for start in range(0, len(pairs.images), part.samples):
+            stored = {name: values[start : start + part.samples] for name, values in pairs.columns.items()}
+            batch_part = part._replace(samples=len(stored[IMAGE]))
+            samples = self._sample_maker.make(batch_part, stored, [""] * batch_part.samples, crops=False)
+            if not shows_images:
+                samples = samples._replace(images=np.full_like(samples.images, 128))
+            with self._autocast():
+                encoded = self._model.encode(self._batch_maker.make([batch_part], samples))
+                logits = self._model.class_logits(kind, encoded, slice(None), slice(None))
+            numbers += logits[:, :classes].argmax(1).tolist()
+            self._on_progress(f"answers of {pairs.domain}", len(numbers), len(pairs.images))
+        return numbers
+
     def captions(self, images: Sequence[bytes], start_token: int) -> list[list[int]]:
         """Return the tokens of the caption that the model writes for each image."""
         assert self._spec.model.encoder is not None
@@ -243,7 +261,7 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_image
         if len(source.sample_columns) < 2:
             fix = f"set data.sources.{name}.format to that of the images, such as webdataset"
             raise DataError(f"source {name}", "it has no pairs of an image and a text", fix)
-    pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes, str | None]]] = {}
+    pairs_by_domain: dict[str, list[tuple[np.ndarray, bytes, str | None, bytes | None, bytes | None]]] = {}
     images_by_domain: dict[str, dict[str, bytes]] = {}
     complete_domains = set[str]()
     for file in find_files(data):
@@ -261,9 +279,16 @@ def raw_pairs(data: DataSpec, encoder: DocumentEncoder, spec: RunSpec, max_image
             image = images.setdefault(item.image_hash, item.image)
             tokens = encoder.encode([item.text])[0]
             [row] = token_rows(tokens, True, seq_len, padding_token(token_bytes), token_bytes)
-            pairs.append((row, image, item.language))
+            pairs.append((row, image, item.language, item.second_image, item.annotation))
     for domain, pairs in pairs_by_domain.items():
         if not pairs:
             raise DataError(f"images {domain}", "no pair in them can be read", "see `mhmoe data inspect`")
-        rows, image_files, languages = zip(*pairs, strict=True)
-        yield Pairs(domain, np.stack(rows), list(image_files), list(languages))
+        rows, image_files, languages, second_images, contents = zip(*pairs, strict=True)
+        yield Pairs(
+            domain,
+            np.stack(rows),
+            list(image_files),
+            list(languages),
+            [image for image in second_images if image is not None],
+            [unpack(content) for content in contents if content is not None],
+        )

@@ -15,6 +15,7 @@ samples.py  the samples over which attention runs: joining images and texts, spl
 block.py    a block: weights for images and for texts, joint attention, and experts for both
 encoder.py  embeddings, blocks and losses
 match.py    the head that compares images with texts
+heads.py    the heads that answer questions and judge sentences
 captions.py the captions of images, token by token
 """
 

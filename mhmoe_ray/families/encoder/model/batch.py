@@ -27,12 +27,19 @@ class Group(NamedTuple):
     hidden_tokens: int
     """Number of tokens to predict in all texts of the group."""
     losses: tuple[LossKind, ...]
-    """Kinds of loss; `match` compares image i with text i."""
+    """Kinds of loss; `match` compares image i with text i. In `compare`, images 2 i and 2 i + 1 are those of a
+    sentence, and texts 2 i and 2 i + 1 are copies of it."""
 
     @property
     def target_counts(self) -> list[int]:
-        """The number of prediction targets of each loss: hidden patches, pairs or tokens."""
-        counts: dict[LossKind, int] = {"image": self.hidden_patches, "match": self.size.images}
+        """The number of prediction targets of each loss: hidden patches, pairs, questions, sentences or tokens."""
+        images = self.size.images
+        counts: dict[LossKind, int] = {
+            "image": self.hidden_patches,
+            "match": images,
+            "answer": images,
+            "compare": images // 2,
+        }
         return [counts.get(kind, self.hidden_tokens) for kind in self.losses]
 
 
@@ -56,3 +63,5 @@ class EncoderBatch(NamedTuple):
     """Ascending indices, int64, of hidden tokens or, in captions, of the position before each token, in all texts."""
     token_target_J: Tensor
     """Token ids to predict at the positions in `hidden_token_J`, int64."""
+    label_QL: Tensor | None = None
+    """Labels of questions and sentences, int64, as in `EncoderSamples`; None if no group has any."""

@@ -1,5 +1,6 @@
 """The encoder: embeddings of images and texts, blocks, and a head for each kind of loss."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from mhmoe_kernels import widen
 from mhmoe_ray.families.encoder.model.batch import EncoderBatch
 from mhmoe_ray.families.encoder.model.block import EncoderBlock
+from mhmoe_ray.families.encoder.model.heads import answer_head, answer_losses, comparison_head, comparison_losses
 from mhmoe_ray.families.encoder.model.match import MatchHead
 from mhmoe_ray.families.encoder.model.samples import attention_masks
 from mhmoe_ray.families.images.part_losses import LossPart, PartLosses
@@ -18,7 +20,7 @@ from mhmoe_ray.model.autocast import matmul_dtype
 from mhmoe_ray.model.noise import EMBEDDING, Noise, dropout
 from mhmoe_ray.model.router import Routing
 from mhmoe_ray.model.trunk import Trunk
-from mhmoe_ray.spec import ModelSpec
+from mhmoe_ray.spec import LossKind, ModelSpec
 
 
 class Encoded(NamedTuple):
@@ -29,6 +31,15 @@ class Encoded(NamedTuple):
     text_NTM: Tensor
     routing: list[Routing]
     """Routing of each mixture-of-experts layer, from the first to the last."""
+    whole_NM: Tensor
+    """Output of the last block at position 0 of each image, without the last norm."""
+
+
+CLASS_LOSSES: dict[LossKind, Callable[[Tensor, Tensor], Tensor]] = {
+    "answer": answer_losses,
+    "compare": comparison_losses,
+}
+"""Losses of questions and sentences, from logits and labels."""
 
 
 class Encoder(Trunk):
@@ -57,6 +68,8 @@ class Encoder(Trunk):
             {"image": nn.Linear(d, encoder.target_values), "text": nn.Linear(d, spec.vocab_size)}
         )
         self.match: MatchHead | None = None if encoder.d_match is None else MatchHead(d, encoder.d_match)
+        self.answer: nn.Sequential | None = None if encoder.answers is None else answer_head(d, encoder.answers)
+        self.compare: nn.Sequential | None = comparison_head(d) if encoder.compares else None
 
     def final_norms(self) -> list[nn.Module]:
         return [self.image_norm, self.text_norm]
@@ -64,7 +77,7 @@ class Encoder(Trunk):
     def forward(self, batch: EncoderBatch, noise: Noise | None = None) -> PartLosses:
         """Return the losses and the routing of a micro-batch; `noise` is a training step's randomness, else None."""
         encoded = self.encode(batch, noise)
-        return PartLosses(self._losses(batch, encoded.image_NSM, encoded.text_NTM), encoded.routing)
+        return PartLosses(self._losses(batch, encoded), encoded.routing)
 
     def encode(self, batch: EncoderBatch, noise: Noise | None = None) -> Encoded:
         """Return the outputs of the last norms for a micro-batch."""
@@ -77,7 +90,18 @@ class Encoder(Trunk):
         [image_NSM, text_NTM], routings = self.run_blocks(
             image_NSM, text_NTM, noise=active_noise, sizes=sizes, masks=masks
         )
-        return Encoded(self.image_norm(widen(image_NSM)), self.text_norm(widen(text_NTM)), routings)
+        image_NSM, text_NTM = widen(image_NSM), widen(text_NTM)
+        return Encoded(self.image_norm(image_NSM), self.text_norm(text_NTM), routings, image_NSM[:, 0])
+
+    def class_logits(self, kind: LossKind, encoded: Encoded, images: slice, texts: slice) -> Tensor:
+        """Return the logits of answers (kind answer) or of false and true (compare) for a group's samples."""
+        head, input_NW = self.answer, encoded.whole_NM[images]
+        if kind == "compare":
+            first_NW = torch.cat([encoded.image_NSM[images, 0], encoded.text_NTM[texts, 0]], 1)
+            head, input_NW = self.compare, first_NW.reshape(-1, 2 * first_NW.shape[1])
+        assert head is not None
+        logits: Tensor = head(input_NW)
+        return logits
 
     def _embed(self, batch: EncoderBatch, noise: Noise | None) -> tuple[Tensor, Tensor]:
         # Pixels are scaled to the range from -1 to 1, as in BEiT.
@@ -91,9 +115,9 @@ class Encoder(Trunk):
         generator = None if noise is None else noise.generator(EMBEDDING, image_NSM.device)
         return dropout(image_NSM, self.spec.dropout, generator), dropout(text_NTM, self.spec.dropout, generator)
 
-    def _losses(self, batch: EncoderBatch, image_NSM: Tensor, text_NTM: Tensor) -> list[LossPart]:
+    def _losses(self, batch: EncoderBatch, encoded: Encoded) -> list[LossPart]:
         """Return the losses of each group, one group after another."""
-        groups = batch.groups
+        groups, image_NSM, text_NTM = batch.groups, encoded.image_NSM, encoded.text_NTM
         hidden_IM = image_NSM[:, 1:].flatten(0, 1)[batch.hidden_patch_I]
         patch_values = _patch_losses(self.output["image"](hidden_IM).float(), batch.patch_target_I)
         hidden_JM = text_NTM.flatten(0, 1)[batch.hidden_token_J]
@@ -101,7 +125,7 @@ class Encoder(Trunk):
         patch_parts = torch.split(patch_values, [group.hidden_patches for group in groups])
         token_parts = torch.split(token_values, [group.hidden_tokens for group in groups])
         values = []
-        first_image = first_text = 0
+        first_image = first_text = first_label = 0
         for group, patch_part, token_part in zip(groups, patch_parts, token_parts, strict=True):
             images = slice(first_image, first_image + group.size.images)
             texts = slice(first_text, first_text + group.size.texts)
@@ -110,6 +134,11 @@ class Encoder(Trunk):
                 if kind == "match":
                     assert self.match is not None
                     values.append(self.match(image_NSM[images, 0], text_NTM[texts, 0]))
+                elif kind in CLASS_LOSSES:
+                    assert batch.label_QL is not None
+                    logits = self.class_logits(kind, encoded, images, texts)
+                    label_QL = batch.label_QL[first_label : (first_label := first_label + len(logits))]
+                    values.append(CLASS_LOSSES[kind](logits, label_QL))
                 else:
                     values.append(patch_part if kind == "image" else token_part)
         parts = [LossPart(value_I.sum(), value_I.detach()) for value_I in values]
