@@ -189,11 +189,11 @@ def sample(
     if questions:
         from mhmoe_ray.corpus.questions import write_question_sample
 
-        written = write_question_sample(folder, scene_seed)
+        sample_counts = write_question_sample(folder, scene_seed)
         if json:
-            print_json(written)
+            print_json(sample_counts)
         else:
-            rows = [(split, f"{counts[0]:,}", f"{counts[1]:,}") for split, counts in written.items()]
+            rows = [(split, f"{counts[0]:,}", f"{counts[1]:,}") for split, counts in sample_counts.items()]
             out.print(number_table(["", "questions", "sentences with two scenes"], rows))
     elif scenes:
         _print_sample(folder, json, *_write_scenes(folder, cache, scene_seed))

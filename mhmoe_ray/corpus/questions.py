@@ -1,9 +1,9 @@
 """The question sample: drawn scenes with questions in VQAv2's format, and sentences about two scenes in NLVR2's.
 
-    DIR/vqa/v2_OpenEnded_mscoco_SPLIT_questions.json   questions; v2_mscoco_SPLIT_annotations.json has the answers
-    DIR/vqa/SPLIT/COCO_SPLIT_NNNNNNNNNNNN.jpg          scenes
-    DIR/nlvr2/SPLIT.json                               sentences
-    DIR/nlvr2/SPLIT/SPLIT-SET-PAIR-img0.png            the first scene of a pair
+    DIR/vqa/SPLIT/v2_OpenEnded_mscoco_SPLIT_questions.json   questions; v2_mscoco_SPLIT_annotations.json has the answers
+    DIR/vqa/SPLIT/SPLIT/COCO_SPLIT_NNNNNNNNNNNN.jpg          scenes
+    DIR/nlvr2/SPLIT/SPLIT.json                               sentences
+    DIR/nlvr2/SPLIT/SPLIT/SPLIT-SET-PAIR-img0.png            the first scene of a pair
 
 SPLIT is train or test. A scene has one to four objects, and each is a shape in a colour: a concept. No concept of the
 test is in the training, but each shape and each colour is. So that the text alone tells little, the values of an answer
@@ -25,7 +25,9 @@ from mhmoe_ray.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIDE = 48
+CELL, CELLS = 16, 3
+"""Width of a cell in pixels, and number of cells in a row; a scene has at most one object in each of its cells."""
+SIDE = CELL * CELLS
 """Width and height of a scene in pixels."""
 COUNTS = {"train": (4000, 2000), "test": (500, 250)}
 """Number of scenes with questions, and of sentences, by split."""
@@ -39,11 +41,11 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-RADII = ((4.0, 5.5), (7.5, 9.5))
+RADII = ((3.0, 4.0), (5.5, 7.0))
 """Ranges of the radius of small and of large objects in pixels."""
 LARGEST_COUNT = 4
 _TEST_DIAGONALS = (0, 3)
-_SMALLEST_DISTANCE = 6.0
+_SMALLEST_DISTANCE = 8.0
 """Smallest distance in pixels by which an object is left of another."""
 _DRAWING_SCALE = 4
 _JPEG_QUALITY = 95
@@ -75,14 +77,13 @@ def concepts(split: str) -> list[tuple[str, str]]:
 
 
 def draw_objects(split: str, generator: np.random.Generator) -> list[SceneShape]:
-    """Return the objects of a random scene, which do not overlap."""
+    """Return the objects of a random scene, each at a random place in a cell of its own."""
     pool, count = concepts(split), int(generator.integers(1, LARGEST_COUNT + 1))
     scene = list[SceneShape]()
-    while len(scene) < count:
+    for cell in generator.permutation(CELLS**2)[:count].tolist():
         radius = generator.uniform(*RADII[generator.integers(2)])
-        x, y = generator.uniform(radius + 1, SIDE - radius - 1, 2)
-        if all(math.hypot(x - o.x, y - o.y) > radius + o.radius + 1 for o in scene):
-            scene.append(SceneShape(*pool[generator.integers(len(pool))], x, y, radius))
+        x, y = (CELL * corner + generator.uniform(radius, CELL - radius) for corner in divmod(cell, CELLS))
+        scene.append(SceneShape(*pool[generator.integers(len(pool))], x, y, radius))
     return scene
 
 
@@ -173,14 +174,14 @@ def write_question_sample(
     The same seed gives the same scenes. A missing Pillow, or a folder that cannot be written, is a DataError.
     """
     require_pillow()
-    written = {}
+    sample_counts = {}
     try:
         for split, (scenes, sentences) in counts.items():
-            questions = _write_questions(folder / "vqa", split, scenes, seed)
-            written[split] = questions, _write_sentences(folder / "nlvr2", split, sentences, seed)
+            questions = _write_questions(folder / "vqa" / split, split, scenes, seed)
+            sample_counts[split] = questions, _write_sentences(folder / "nlvr2" / split, split, sentences, seed)
     except OSError as e:
         raise DataError(f"data sample {folder}", e.strerror or str(e), "name folders you can write") from e
-    return written
+    return sample_counts
 
 
 def _write_questions(folder: Path, split: str, scenes: int, seed: int) -> int:

@@ -187,7 +187,7 @@ class AnswerFigures(BaseModel):
     """Score of the model without seeing the images."""
     language: AnswerScore | None
     """Score of the most frequent training answer to each text; None without training data."""
-    nearest: AnswerScore | None
+    nearest_image: AnswerScore | None
     """Score of the answer of the nearest training image with the same text; None without training data."""
 
     def table(self, name: str) -> FigureTable:
@@ -196,7 +196,7 @@ class AnswerFigures(BaseModel):
             f"answers of {name}": self.model,
             "  without the image": self.blank,
             "  language alone": self.language,
-            "  nearest pixels": self.nearest,
+            "  nearest pixels": self.nearest_image,
         }
         rows = [
             [label, f"{s.accuracy:.1%}", "-" if s.consistency is None else f"{s.consistency:.1%}", f"{s.samples:,}"]

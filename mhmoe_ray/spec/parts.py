@@ -187,10 +187,10 @@ def check_encoder_parts(spec: "RunSpec", encoder: EncoderSpec) -> None:
         for source in part.sources:
             columns = spec.data.sources[source].sample_columns
             if part.traits.columns not in (None, columns):
-                needed, format = ", ".join(part.traits.columns or ()), part.traits.format
+                needed_columns, format = ", ".join(part.traits.columns or ()), part.traits.format
                 raise ValueError(
-                    f"part {part.name} is {part.objective}, so its samples need {needed}, but data.sources.{source} "
-                    f"has {', '.join(columns)}: name a source of format {format}"
+                    f"part {part.name} is {part.objective}, so its samples need {needed_columns}, but "
+                    f"data.sources.{source} has {', '.join(columns)}: name a source of format {format}"
                 )
             if part.traits.columns is None and "second_image" in columns:
                 raise ValueError(

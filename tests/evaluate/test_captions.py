@@ -77,7 +77,8 @@ def test_a_caption_has_the_most_probable_token_at_each_position():
     hidden = np.zeros(tokens.shape, bool)
     for row, caption in zip(hidden, captions, strict=True):
         row[: min(8, len(caption) + 1)] = True
-    samples = EncoderSamples(images, np.zeros((6, 16), bool), tokens, tokens.copy(), hidden)
+    no_labels = np.zeros((0, 10), np.int64)
+    samples = EncoderSamples(images, np.zeros((6, 16), bool), tokens, tokens.copy(), hidden, no_labels)
     batch = BatchMaker(spec.model, torch.device("cpu")).make([part], samples)
     encoded = model.encode(batch)
     logits_JV = model.output["text"](encoded.text_NTM.flatten(0, 1)[batch.hidden_token_J])

@@ -65,6 +65,23 @@ CAPTION_DATA: dict[str, Any] = {
 """Sources and parts of `ENCODER`, except that part `match` trains captions, so no head for matching is needed."""
 
 
+QUESTIONS: dict[str, Any] = {
+    "data__sources": {
+        "described": {"path": "/nowhere/described", "format": "webdataset"},
+        "questions": {"path": "/nowhere/questions", "format": "vqa"},
+        "sentences": {"path": "/nowhere/sentences", "format": "nlvr2"},
+    },
+    "data__parts": {
+        "pairs": {"sources": ["described"], "micro_batch_size": 2},
+        "answer": {"sources": ["questions"], "micro_batch_size": 3, "objective": "answer"},
+        "compare": {"sources": ["sentences"], "micro_batch_size": 4, "objective": "compare"},
+    },
+    "train__micro_batch_size": 9,
+    "model__encoder": {"image_size": 16, "patch_size": 4, "text_positions": 12, "answers": 5, "compares": True},
+}
+"""Changes of `ENCODER` that make it answer questions and judge sentences."""
+
+
 def encoder_spec(**changes: Any) -> RunSpec:
     """Return the spec `ENCODER` with changed values, whose keys have `__` for the dots of a path."""
     return RunSpec.model_validate(with_changes(ENCODER, changes))
@@ -74,7 +91,7 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
     """Return samples of one part with random images, tokens and masks, all of which depend on the seed."""
     rng, encoder = np.random.default_rng(seed), spec.model.encoder
     assert encoder is not None
-    images, texts = (part.samples * (name in part.columns) for name in ("image", "text"))
+    images, texts = (part.pairs * (name in part.columns) for name in ("image", "text"))
     side = encoder.patches_per_side
     tokens = np.full((texts, spec.data.seq_len), PADDING, np.uint16)
     inputs, token_predicted = tokens.copy(), np.zeros(tokens.shape, bool)
@@ -87,7 +104,10 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
             inputs[number, stretch] = hide_tokens(tokens[number, stretch], mask, spec.model.vocab_size, 0, label)
         elif part.traits.writes:
             token_predicted[number, : count + 1] = True
+    if part.pairs_per_sample == 2:
+        tokens[1::2] = inputs[1::2] = tokens[::2]
     is_masked = part.traits.hides
+    labels = rng.integers(-1, 2, (part.samples if part.traits.columns else 0, 10))
     return EncoderSamples(
         rng.integers(0, 256, (images, encoder.image_size, encoder.image_size, 3), np.uint8),
         np.array(
@@ -96,6 +116,7 @@ def part_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> EncoderSampl
         tokens,
         inputs,
         token_predicted,
+        np.abs(labels) if part.objective == "compare" else labels,
     )
 
 

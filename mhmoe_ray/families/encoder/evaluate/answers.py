@@ -32,15 +32,15 @@ def answer_figures(
     pairs: Pairs, answers: Sequence[str], blank_answers: Sequence[str], training: TrainingAnswers | None
 ) -> AnswerFigures:
     """Return the scores of a model's answers, of those that it gives without seeing images, and of the baselines."""
-    language = nearest = None
+    language = nearest_image = None
     if training is not None:
         language = score_answers(language_answers(pairs.tokens, training), pairs.annotations)
-        nearest = score_answers(nearest_answers(pairs, training), pairs.annotations)
+        nearest_image = score_answers(nearest_answers(pairs, training), pairs.annotations)
     return AnswerFigures(
         model=score_answers(answers, pairs.annotations),
         blank=score_answers(blank_answers, pairs.annotations),
         language=language,
-        nearest=nearest,
+        nearest_image=nearest_image,
     )
 
 
@@ -93,10 +93,10 @@ def sample_images(images: Sequence[bytes], second_images: Sequence[bytes]) -> li
     return [*map(_join, images, second_images)] if len(second_images) else [*images]
 
 
-def _join(first: bytes, second: bytes) -> bytes:
+def _join(left_image: bytes, right_image: bytes) -> bytes:
     from PIL import Image
 
-    halves = [read_crop(image, SIZE).reshape(SIZE, SIZE // 2, 2, 3).mean(2) for image in (first, second)]
+    halves = [read_crop(image, SIZE).reshape(SIZE, SIZE // 2, 2, 3).mean(2) for image in (left_image, right_image)]
     stream = io.BytesIO()
     Image.fromarray(np.concatenate(halves, 1).astype(np.uint8)).save(stream, "PNG")
     return stream.getvalue()
