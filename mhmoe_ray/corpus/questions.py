@@ -5,9 +5,9 @@
     DIR/nlvr2/SPLIT/SPLIT.json                               sentences
     DIR/nlvr2/SPLIT/SPLIT/SPLIT-SET-PAIR-img0.png            the first scene of a pair
 
-SPLIT is train or test. A scene has one to four objects, and each is a shape in a colour: a concept. No concept of the
-test is in the training, but each shape and each colour is. So that the text alone tells little, the values of an answer
-are chosen first and are equally likely, and a sentence is true of two of its four pairs of scenes.
+SPLIT is train or test. A scene has one to four objects, and the shapes of the test are not in the training. Texts name
+colours, sizes and places. So that a text alone tells little, the answer of a count is chosen first, and a sentence is
+true of two of its four pairs of scenes.
 """
 
 import json
@@ -40,11 +40,12 @@ COLOURS = {
     "purple": (150, 50, 180),
     "black": (20, 20, 20),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = {"train": ("circle", "square", "triangle", "star", "ring"), "test": ("cross", "diamond", "hexagon")}
+"""Shapes of the objects of each split."""
 RADII = ((3.0, 4.0), (5.5, 7.0))
 """Ranges of the radius of small and of large objects in pixels."""
 LARGEST_COUNT = 4
-_TEST_DIAGONALS = (0, 3)
+_MIDDLE_RADIUS = 4.75
 _SMALLEST_DISTANCE = 8.0
 """Smallest distance in pixels by which an object is left of another."""
 _DRAWING_SCALE = 4
@@ -66,24 +67,14 @@ Question = tuple[str, str]
 """A question and its answer."""
 
 
-def concepts(split: str) -> list[tuple[str, str]]:
-    """Return the colours and shapes that objects of a split have together."""
-    return [
-        (colour, shape)
-        for i, colour in enumerate(COLOURS)
-        for j, shape in enumerate(SHAPES)
-        if ((i + j) % len(SHAPES) in _TEST_DIAGONALS) == (split == "test")
-    ]
-
-
 def draw_objects(split: str, generator: np.random.Generator) -> list[SceneShape]:
     """Return the objects of a random scene, each at a random place in a cell of its own."""
-    pool, count = concepts(split), int(generator.integers(1, LARGEST_COUNT + 1))
-    scene = list[SceneShape]()
+    scene, count = list[SceneShape](), int(generator.integers(1, LARGEST_COUNT + 1))
     for cell in generator.permutation(CELLS**2)[:count].tolist():
         radius = generator.uniform(*RADII[generator.integers(2)])
         x, y = (CELL * corner + generator.uniform(radius, CELL - radius) for corner in divmod(cell, CELLS))
-        scene.append(SceneShape(*pool[generator.integers(len(pool))], x, y, radius))
+        colour, shape = (names[generator.integers(len(names))] for names in (list(COLOURS), SHAPES[split]))
+        scene.append(SceneShape(colour, shape, x, y, radius))
     return scene
 
 
@@ -110,7 +101,13 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "cross":
         quarter = [(0.35, -1.0), (0.35, -0.35), (1.0, -0.35)]
         return [(c * u - s * v, s * u + c * v) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for u, v in quarter]
-    corners, start = {"square": (4, 0.125), "triangle": (3, 0.25), "star": (10, 0.25)}[shape]
+    corners, start = {
+        "square": (4, 0.125),
+        "diamond": (4, 0.25),
+        "triangle": (3, 0.25),
+        "hexagon": (6, 0.25),
+        "star": (10, 0.25),
+    }[shape]
     radii = [0.4 if shape == "star" and i % 2 else 1.0 for i in range(corners)]
     angles = [2 * math.pi * (i / corners - start) for i in range(corners)]
     return [(r * math.cos(angle), r * math.sin(angle)) for r, angle in zip(radii, angles, strict=True)]
@@ -129,17 +126,19 @@ def scene_questions(scene: DrawnScene, generator: np.random.Generator) -> list[Q
         ("how many objects are there?", str(len(scene))),
         (f"how many {counted_colour} objects are there?", str(count)),
     ]
-    if shapes := [o for o in scene if sum(o.shape == p.shape for p in scene) == 1]:
-        questions.append((f"what color is the {(o := choose(shapes)).shape}?", o.colour))
-    if colours := [o for o in scene if sum(o.colour == p.colour for p in scene) == 1]:
-        questions.append((f"what shape is the {(o := choose(colours)).colour} object?", o.shape))
-    pairs = [(o, p) for o in shapes for p in shapes if abs(o.x - p.x) > _SMALLEST_DISTANCE]
-    if pairs:
+    small_objects, large_objects = (
+        [o for o in scene if (o.radius > _MIDDLE_RADIUS) == is_large] for is_large in (0, 1)
+    )
+    for size, objects in (("small", small_objects), ("large", large_objects)):
+        if len(objects) == 1:
+            questions.append((f"what color is the {size} object?", objects[0].colour))
+    # An object is named by its colour if it is the only one of that colour.
+    named_objects = [o for o in scene if colour_counts[o.colour] == 1]
+    named_pairs = [(o, p) for o in named_objects for p in named_objects if o is not p]
+    if pairs := [(o, p) for o, p in named_pairs if abs(o.x - p.x) > _SMALLEST_DISTANCE]:
         o, p = choose(pairs)
-        questions.append((f"is the {o.shape} left of the {p.shape}?", "yes" if o.x < p.x else "no"))
-    largest_small, smallest_large = RADII[0][1], RADII[1][0]
-    pairs = [(o, p) for o in colours for p in colours if abs(o.radius - p.radius) >= smallest_large - largest_small]
-    if pairs:
+        questions.append((f"is the {o.colour} object left of the {p.colour} object?", "yes" if o.x < p.x else "no"))
+    if pairs := [(o, p) for o, p in named_pairs if (o in small_objects) != (p in small_objects)]:
         o, p = choose(pairs)
         answer = "yes" if o.radius > p.radius else "no"
         questions.append((f"is the {o.colour} object larger than the {p.colour} object?", answer))
@@ -148,12 +147,11 @@ def scene_questions(scene: DrawnScene, generator: np.random.Generator) -> list[Q
 
 def random_sentence(generator: np.random.Generator) -> tuple[str, Callable[[DrawnScene, DrawnScene], bool]]:
     """Return a random sentence about two scenes, and the function that tells its truth."""
-    key, names = [("colour", list(COLOURS)), ("shape", list(SHAPES))][generator.integers(2)]
-    name = names[generator.integers(len(names))]
-    noun = f"{name} object" if key == "colour" else name
+    colour = list(COLOURS)[generator.integers(len(COLOURS))]
+    noun = f"{colour} object"
 
     def shows(scene: DrawnScene) -> bool:
-        return any(getattr(o, key) == name for o in scene)
+        return any(o.colour == colour for o in scene)
 
     sentences: list[tuple[str, Callable[[DrawnScene, DrawnScene], bool]]] = [
         ("the left image has more objects than the right image", lambda a, b: len(a) > len(b)),

@@ -76,11 +76,11 @@ def test_a_sentence_is_judged_by_both_of_its_pairs(model):
 
 def test_questions_and_sentences_do_not_influence_each_other(model):
     """Each has the same loss alone as in a micro-batch with all parts, and another one with another image."""
-    together = dict(zip(SPEC.loss_names, model(encoder_batch(SPEC)).losses, strict=True))
+    expected = dict(zip(SPEC.loss_names, model(encoder_batch(SPEC)).losses, strict=True))
     for number, part in ((1, ANSWER), (2, COMPARE)):
         samples = part_samples(SPEC, part, number)
         singles = [losses(model, part, samples_at(samples, [i], part.pairs_per_sample)) for i in range(part.samples)]
-        torch.testing.assert_close(torch.cat(singles), together[part.name].value_I, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat(singles), expected[part.name].value_I, rtol=1e-5, atol=1e-6)
         assert len(set(torch.cat(singles).tolist())) == part.samples
 
 

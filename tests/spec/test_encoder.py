@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from tests.support.encoders import CAPTION_DATA, encoder_spec
+from tests.support.encoders import CAPTION_DATA, QUESTIONS, encoder_spec
 
 PARTS = CAPTION_DATA["parts"]
 
@@ -71,3 +71,34 @@ def test_a_codebook_that_no_part_predicts_is_refused():
     changes = one_part_changes("image", "text")
     with pytest.raises(ValidationError, match="image_targets is codebook, but no part with objective masked has"):
         encoder_spec(**changes, model__encoder__image_targets="codebook")
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "reason"),
+    [
+        ("answer", "sentences", "part answer is answer, so its samples need class, image, text, but data.sources.sent"),
+        ("compare", "questions", "but data.sources.questions has class, image, text: name a source of format nlvr2"),
+        ("pairs", "sentences", "data.sources.sentences has two images in a sample, but part pairs is masked, which"),
+        ("pairs", "questions", "data.sources.questions has class for vision models: set its columns"),
+    ],
+)
+def test_a_part_gets_the_samples_that_its_objective_reads(part, source, reason):
+    own_source = QUESTIONS["data__parts"][part]["sources"][0]
+    swapped = {own_source: source, source: own_source}
+    parts = {
+        name: {**section, "sources": [swapped.get(name, name) for name in section["sources"]]}
+        for name, section in QUESTIONS["data__parts"].items()
+    }
+    # The part that is checked comes first.
+    parts = {part: parts[part], **parts}
+    with pytest.raises(ValidationError, match=reason):
+        encoder_spec(**QUESTIONS | {"data__parts": parts})
+
+
+@pytest.mark.parametrize("key", ["answers", "compares"])
+def test_a_head_and_its_objective_come_together(key):
+    encoder = QUESTIONS["model__encoder"]
+    with pytest.raises(ValidationError, match=f"model.encoder.{key} is missing: set both or none"):
+        encoder_spec(**QUESTIONS | {"model__encoder": {name: v for name, v in encoder.items() if name != key}})
+    with pytest.raises(ValidationError, match=f"model.encoder.{key} is given, but no part of data.parts is"):
+        encoder_spec(**{f"model__encoder__{key}": 2 if key == "answers" else True})
