@@ -16,4 +16,5 @@ small.py            writes the small sample
 large.py            writes the large sample
 images.py           writes the image sample
 scenes.py           writes the scene sample
+questions.py        writes the question sample, whose scenes it draws
 """

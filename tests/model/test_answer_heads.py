@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from mhmoe_ray.families.encoder.data.batches import BatchMaker
-from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.families.encoder.model.heads import soft_scores
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
@@ -28,12 +27,6 @@ def losses(model, part, samples):
     """Return the loss of each sample of a part that is a micro-batch of its own."""
     maker = BatchMaker(SPEC.model, torch.device("cpu"))
     return model(maker.make([part._replace(samples=len(samples.labels))], samples)).losses[0].value_I
-
-
-def samples_at(samples, numbers, images=1):
-    """Return some samples of a part in which each sample has a number of images."""
-    rows = [images * number + i for number in numbers for i in range(images)]
-    return EncoderSamples(*(column[rows] for column in samples[:-1]), samples.labels[numbers])
 
 
 def test_soft_scores_are_those_of_the_released_preparation():
@@ -79,7 +72,7 @@ def test_questions_and_sentences_do_not_influence_each_other(model):
     expected = dict(zip(SPEC.loss_names, model(encoder_batch(SPEC)).losses, strict=True))
     for number, part in ((1, ANSWER), (2, COMPARE)):
         samples = part_samples(SPEC, part, number)
-        singles = [losses(model, part, samples_at(samples, [i], part.pairs_per_sample)) for i in range(part.samples)]
+        singles = [losses(model, part, samples.rows(i, i + 1)) for i in range(part.samples)]
         torch.testing.assert_close(torch.cat(singles), expected[part.name].value_I, rtol=1e-5, atol=1e-6)
         assert len(set(torch.cat(singles).tolist())) == part.samples
 
@@ -102,4 +95,4 @@ def test_all_weights_have_gradients_and_an_empty_rank_has_no_loss():
     sum(loss.sum for loss in model(encoder_batch(SPEC)).losses).backward()
     assert all(p.grad is not None for p in model.parameters())
     for part in (ANSWER, COMPARE):
-        assert losses(model, part, samples_at(part_samples(SPEC, part, 0), [], 1)).shape == (0,)
+        assert losses(model, part, part_samples(SPEC, part, 0).rows(0, 0)).shape == (0,)

@@ -9,7 +9,15 @@ from mhmoe_ray.families.encoder.data.columns import EncoderSamples
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.train.objectives.base import array_digest
-from tests.support.encoders import ENCODER, SMEAR, encoder_spec, micro_batch_samples, part_samples, stream_rows
+from tests.support.encoders import (
+    ENCODER,
+    QUESTIONS,
+    SMEAR,
+    encoder_spec,
+    micro_batch_samples,
+    part_samples,
+    stream_rows,
+)
 from tests.support.ranks import run_ranks
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 
@@ -80,6 +88,12 @@ def test_ranks_average_experts_as_one_does(smear_result, cluster):
     check_results_of_ranks(
         smear_result, encoder_spec(model__moe=SMEAR_WITH_NOISE, cluster={"workers": 2, **cluster}), 2
     )
+
+
+@pytest.mark.parametrize("cluster", [{"ep": 2}, {"ep": 2, "strategy": "fsdp"}], ids=["ddp", "fsdp"])
+def test_ranks_learn_answers_as_one_does(cluster):
+    [expected] = run_ranks(1, train_and_validate, encoder_spec(**QUESTIONS))
+    check_results_of_ranks(expected, encoder_spec(**QUESTIONS, cluster={"workers": 2, **cluster}), 2)
 
 
 def check_results_of_ranks(expected, spec, workers):

@@ -34,9 +34,11 @@ class EncoderSamples(NamedTuple):
     @property
     def sample_count(self) -> int:
         """The number of samples, all of which must belong to one part."""
-        return max(len(self.images), len(self.tokens))
+        return len(self.labels) or max(len(self.images), len(self.tokens))
 
     def rows(self, start: int, stop: int) -> "EncoderSamples":
-        """Return samples `start` to `stop` - 1; all must belong to one part, which is not about two images."""
+        """Return samples `start` to `stop` - 1; all samples must belong to one part."""
         # A column that the part does not have is empty, and so is any slice of it.
-        return EncoderSamples(*(column[start:stop] for column in self))
+        size = len(self.images) // len(self.labels) if len(self.labels) else 1
+        rows = EncoderSamples(*(column[size * start : size * stop] for column in self))
+        return rows._replace(labels=self.labels[start:stop])
