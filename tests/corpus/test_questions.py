@@ -70,11 +70,11 @@ def test_questions_have_the_answers_that_a_person_gives():
 
 
 def test_sentences_are_true_of_the_scenes_that_they_describe():
-    left, right = [SceneShape("red", "star", 8, 8, 3)] * 2, [SceneShape("blue", "star", 8, 8, 3)]
+    left_scene, right_scene = [SceneShape("red", "star", 8, 8, 3)] * 2, [SceneShape("blue", "star", 8, 8, 3)]
     generator, truths = seeded_generator("sentences"), {}
     for _ in range(2000):
         sentence, is_true = random_sentence(generator)
-        truths[sentence] = is_true(left, right)
+        truths[sentence] = is_true(left_scene, right_scene)
     assert truths["the left image has more objects than the right image"]
     assert not truths["both images have the same number of objects"]
     assert truths["the left image has a red object"]

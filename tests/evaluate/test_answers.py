@@ -48,29 +48,29 @@ def test_a_sentence_is_consistent_if_all_its_pairs_are_right():
 
 
 def test_language_alone_gives_the_most_frequent_answer_to_the_same_text():
-    known = training(
+    samples = training(
         [caption(1), caption(1), caption(1), caption(2), caption(2)], ["a", "b", "b", "a", "a"], [DARK] * 5
     )
-    assert language_answers(np.stack([caption(1), caption(2), caption(3)]), known) == ["b", "a", "a"]
+    assert language_answers(np.stack([caption(1), caption(2), caption(3)]), samples) == ["b", "a", "a"]
 
 
 def test_the_nearest_image_is_one_with_the_same_text():
-    known = training([caption(1), caption(1), caption(2)], ["dark", "light", "grey"], [DARK, LIGHT, GREY])
+    samples = training([caption(1), caption(1), caption(2)], ["dark", "light", "grey"], [DARK, LIGHT, GREY])
     pairs = Pairs("web/all", np.stack([caption(1), caption(1), caption(2), caption(3)]), [GREY, LIGHT, DARK, GREY], [])
-    assert nearest_answers(pairs, known)[1:] == ["light", "grey", "grey"]
-    assert nearest_answers(pairs, known)[0] in ("dark", "light")
+    assert nearest_answers(pairs, samples)[1:] == ["light", "grey", "grey"]
+    assert nearest_answers(pairs, samples)[0] in ("dark", "light")
 
 
 def test_the_nearest_pair_is_near_in_both_images():
-    known = training([caption(1)] * 3, ["x", "y", "z"], [DARK, DARK, LIGHT], [DARK, LIGHT, DARK])
+    samples = training([caption(1)] * 3, ["x", "y", "z"], [DARK, DARK, LIGHT], [DARK, LIGHT, DARK])
     pairs = Pairs("web/all", np.stack([caption(1)] * 3), [DARK, LIGHT, DARK], [], [LIGHT, DARK, DARK])
-    assert nearest_answers(pairs, known) == ["y", "z", "x"]
+    assert nearest_answers(pairs, samples) == ["y", "z", "x"]
 
 
 def test_figures_have_the_model_without_images_and_both_baselines():
-    known = training([caption(1), caption(1)], ["yes", "no"], [DARK, LIGHT])
+    samples = training([caption(1), caption(1)], ["yes", "no"], [DARK, LIGHT])
     pairs = Pairs("web/all", np.stack([caption(1)]), [LIGHT], [], annotations=[question("no")])
-    figures = answer_figures(pairs, ["no"], ["yes"], known)
+    figures = answer_figures(pairs, ["no"], ["yes"], samples)
     assert [s.accuracy for s in (figures.model, figures.blank, figures.language, figures.nearest_image)] == [1, 0, 0, 1]
     assert [row[0] for row in figures.table("web").rows][2:] == ["  language alone", "  nearest pixels"]
     assert answer_figures(pairs, ["no"], ["yes"], None).language is None

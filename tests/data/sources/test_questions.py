@@ -68,8 +68,8 @@ def test_unusable_questions_are_named_one_by_one(tmp_path):
     path = write_questions(tmp_path, questions, answers)
     items, _ = read_source(path, format="vqa")
     assert [i.text for i in items if isinstance(i, Document)] == ["ok?"]
-    found = faults(items)
-    assert [(line, reason) for line, reason, _ in found] == [
+    fault_list = faults(items)
+    assert [(line, reason) for line, reason, _ in fault_list] == [
         (2, Reason.NO_IMAGE),
         (3, Reason.NO_IMAGE),
         (4, Reason.NO_ANSWER),
@@ -77,9 +77,9 @@ def test_unusable_questions_are_named_one_by_one(tmp_path):
         (6, Reason.NO_TEXT),
         (7, Reason.NO_TEXT),
     ]
-    assert found[0][2].startswith("question 2: no such file in ")
-    assert found[1][2] == "question 3: its image_id is a list, and a question has one image"
-    assert found[3][2] == "question 5: 3 of 3 are texts, and 10 are needed"
+    assert fault_list[0][2].startswith("question 2: no such file in ")
+    assert fault_list[1][2] == "question 3: its image_id is a list, and a question has one image"
+    assert fault_list[3][2] == "question 5: 3 of 3 are texts, and 10 are needed"
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
     [(_, reason, detail)] = faults(read_source(path, format="vqa")[0])
     assert reason == Reason.PART_LOST
@@ -117,15 +117,15 @@ def test_sentences_have_two_images_and_a_label(tmp_path):
         ("True", "dev-850-1"),
         ("False", "dev-850-1"),
     ]
-    found = faults(items)
-    assert [(line, reason) for line, reason, _ in found] == [
+    fault_list = faults(items)
+    assert [(line, reason) for line, reason, _ in fault_list] == [
         (3, Reason.NO_IMAGE),
         (4, Reason.NO_CLASS),
         (5, Reason.NO_IMAGE),
         (6, Reason.NO_TEXT),
     ]
-    assert found[0][2].startswith("dev-850-2-0: dev-850-2-img1.png: no such file in ")
-    assert found[1][2] == "dev-850-0-0: its label is 'Maybe', not 'True' or 'False'"
+    assert fault_list[0][2].startswith("dev-850-2-0: dev-850-2-img1.png: no such file in ")
+    assert fault_list[1][2] == "dev-850-0-0: its label is 'Maybe', not 'True' or 'False'"
 
 
 def test_images_of_the_training_split_are_in_numbered_folders(tmp_path):
@@ -167,13 +167,13 @@ MARKS = [*';/[]"{}()=+\\_-><@`,?!', ".", "..", ":", "'"]
 def official_form(text):
     """Return an answer in the form of the official rule, written down step by step for the words of this test."""
     text = re.sub("[\n\t]", " ", text).strip()
-    shown = text
+    spaced_text = text
     for mark in ';/[]"{}()=+\\_-><@`,?!':
         touches_space = re.search(rf"{re.escape(mark)} | {re.escape(mark)}", text)
-        shown = shown.replace(mark, "" if touches_space or re.search("[0-9],[0-9]", text) else " ")
+        spaced_text = spaced_text.replace(mark, "" if touches_space or re.search("[0-9],[0-9]", text) else " ")
     characters, removed = [], 0
-    for position, character in enumerate(shown):
-        if character == "." and removed < 32 and not shown[position + 1 : position + 2].isdigit():
+    for position, character in enumerate(spaced_text):
+        if character == "." and removed < 32 and not spaced_text[position + 1 : position + 2].isdigit():
             removed += 1
         else:
             characters.append(character)
