@@ -52,6 +52,8 @@ class EncoderPlan(FamilyPlan):
             f"images of {encoder.image_size} x {encoder.image_size} pixels in {encoder.patches} patches, which are "
             f"predicted as {targets}; texts of up to {spec.data.seq_len - 1} tokens"
         )
+        if encoder.answers is not None:
+            text += f"; answers to questions among {encoder.answers:,}"
         if spec.model.moe is not None:
             routers = "one router" if encoder.routers == "shared" else "a router for each modality"
             position = "beside" if encoder.experts == "beside" else "in place of"

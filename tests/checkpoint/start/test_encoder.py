@@ -19,7 +19,7 @@ from mhmoe_ray.spec import RunSpec
 from mhmoe_ray.storage import copy_file
 from tests.checkpoint.huggingface.conftest import TEXT
 from tests.data.shards.manifests import make_manifest
-from tests.support.encoders import ENCODER, encoder_spec, micro_batch_samples, stream_rows
+from tests.support.encoders import ENCODER, QUESTIONS, encoder_spec, micro_batch_samples, stream_rows
 from tests.support.llama_tokenizer import llama_tokenizer
 from tests.support.ranks import run_ranks
 from tests.support.runs import first_checkpoint, mark_submitted
@@ -92,8 +92,29 @@ def resolve(folder, source, start=None, **sections) -> RunSpec:
     return load_relative_spec(folder / "match.yaml").with_absolute_paths(folder)
 
 
-def test_matching_starts_from_the_weights_of_masked_training(tmp_path, source):
-    spec = resolve(tmp_path, source)
+ANSWER_SECTIONS = {
+    "model": {"encoder": {"answers": 5, "compares": True}},
+    "data": {
+        "sources": {name: QUESTIONS["data__sources"][name] for name in ("questions", "sentences")},
+        "parts": {name: QUESTIONS["data__parts"][name] for name in ("answer", "compare")},
+    },
+    "train": {**TRAIN, "micro_batch_size": 7},
+}
+HEAD_TENSORS = {
+    "match": ["match.image.weight", "match.log_scale", "match.text.weight"],
+    "answers": [
+        f"{head}.{layer}.{kind}"
+        for head, layers in (("answer", (0, 1, 3, 4, 6)), ("compare", (0, 1, 2, 4)))
+        for layer in layers
+        for kind in ("bias", "weight")
+    ],
+}
+
+
+@pytest.mark.parametrize("head", HEAD_TENSORS)
+def test_fine_tuning_starts_from_the_weights_of_masked_training(tmp_path, source, head):
+    sections = {**ANSWER_SECTIONS, "data": {**ANSWER_SECTIONS["data"], "prepared": str(tmp_path / "prepared")}}
+    spec = resolve(tmp_path, source, **(sections if head == "answers" else {}))
     assert spec.model.encoder.patch_size == source.spec().model.encoder.patch_size
     run = create_run(spec)
     mark_submitted(run)
@@ -104,7 +125,7 @@ def test_matching_starts_from_the_weights_of_masked_training(tmp_path, source):
     fresh_model = build_model(spec.model)
     init_weights(fresh_model, spec.seed)
     new_names = sorted(weights.keys() - expected.keys())
-    assert new_names == ["match.image.weight", "match.log_scale", "match.text.weight"]
+    assert new_names == HEAD_TENSORS[head]
     assert all(torch.equal(weights[name], fresh_model.named_tensors()[name]) for name in new_names)
 
 
