@@ -80,7 +80,7 @@ def test_held_out_and_other_questions_are_evaluated(project, run):
     losses = {name: score["loss"] for name, score in evaluation["losses"].items()}
     assert losses == pytest.approx(history.read(run)[-1][metrics.VAL_PART_LOSS], rel=1e-4)
     assert evaluation["answers"].keys() == {"questions/all", "sentences/all"}
-    for name, format, samples in (("vqa", "vqa", 30), ("nlvr2", "nlvr2", 20)):
+    for name, format, samples in (("vqa", "vqa", 20), ("nlvr2", "nlvr2", 20)):
         options = ["--text", f"raw/{name}/test", "--set", f"data.sources.test.format={format}"]
         [figures] = mhmoe(project, "eval", run.id, *options, "--json").json()["encoder"]["answers"].values()
         assert figures.keys() == {"model", "blank", "language", "nearest_image"}

@@ -61,7 +61,7 @@ def read_vqa(
             yield BadLine(file.path, number, Reason.NO_TEXT, f"no question_id among {describe_keys(fields)}")
             continue
         # The questions about an image mostly follow each other.
-        if image is None or image_id != previous_id:
+        if "image" in columns and (image is None or image_id != previous_id):
             image, previous_id = _read_vqa_image(finder, subtype, image_id, settings), image_id
         question = fields.get("question")
         if not isinstance(question, str):
@@ -116,7 +116,7 @@ def read_nlvr2(
     storage: Storage, file: RawFile, source: SourceSpec, settings: ReadSettings, tally: Tally
 ) -> Iterator[Document | BadLine]:
     """Yield the sentences of one of NLVR2's files."""
-    finders = dict[str, ImageFinder]()
+    finders, columns = dict[str, ImageFinder](), source.sample_columns
     for record in read_records(storage, file, settings.document_bytes, tally):
         if isinstance(record, BadLine):
             yield record
@@ -133,11 +133,11 @@ def read_nlvr2(
             finders[split] = ImageFinder(storage, file.path, [f"{split}/", f"images/{split}/"])
         images = [
             _read_named_image(finders[split], f"{folder}{split}-{match['set']}-{match['pair']}-img{i}.png", settings)
-            for i in range(2)
+            for i in range(2 if "image" in columns else 0)
         ]
         label, sentence = str(fields.get("label")), fields.get("sentence")
         annotation: bytes | Fault | None = None
-        if "class" in source.sample_columns:
+        if "class" in columns:
             annotation = (
                 pack(Annotation(label, image_id=f"{split}-{match['set']}-{match['sentence']}"))
                 if label in LABELS
@@ -150,12 +150,12 @@ def read_nlvr2(
             file.path,
             record.line,
             identifier,
-            faults[0] if faults else images[0],
+            next(iter(faults or images), None),
             sentence,
-            source.sample_columns,
+            columns,
             annotation=annotation,
         )
-        if isinstance(item, Document):
+        if isinstance(item, Document) and images:
             # Both images decide which sentences are held out together.
             first_image, second_image = (image for image in images if isinstance(image, bytes))
             item = item._replace(second_image=second_image, image_hash=image_hash(first_image + second_image))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from mhmoe_ray.data.images.annotations import unpack
-from mhmoe_ray.data.sources import BadLine, Document
+from mhmoe_ray.data.sources import BadLine, Document, find_files
 from mhmoe_ray.data.sources.answer_text import answer_accuracy, most_frequent_answer, normalized_answer
 from mhmoe_ray.data.sources.items import Reason
-from tests.data.sources.read import read_source
+from mhmoe_ray.data.tokenizer.train import sample_texts
+from tests.data.sources.read import data_spec, read_source
 from tests.support.images import encode_image
 
 ANSWERS = ["Two"] * 4 + ["2"] * 3 + ["the three"] * 3
@@ -220,3 +221,18 @@ def test_accuracy_leaves_each_annotator_out():
     assert answer_accuracy("yes", ["Yes"] * 10) == 0
     assert answer_accuracy("yes", ["Yes"] * 9 + ["no"]) == 1
     assert most_frequent_answer(["d", "b", "The B", "d", "c"]) == "b"
+
+
+def test_the_tokenizer_is_trained_on_texts_without_reading_images(tmp_path):
+    record = {"sentence": "there are two dogs", "label": "True", "identifier": "dev-1-0-0"}
+    (tmp_path / "dev.json").write_text(json.dumps(record))
+    write_questions(tmp_path / "vqa", [(1, 7, "how many?")], {})
+    for path, format, text in (
+        (tmp_path / "dev.json", "nlvr2", record["sentence"]),
+        (tmp_path / "vqa", "vqa", "how many?"),
+    ):
+        spec = data_spec(path, format=format)
+        # A sample of a short text is its beginning.
+        sampled_text = "".join(sample_texts(find_files(spec), spec))
+        assert sampled_text
+        assert text.startswith(sampled_text)
