@@ -276,5 +276,5 @@ def test_settings_of_images_are_part_of_the_recipe(results):
     for change in changes:
         assert recipe(spec.model_copy(update={"data": spec.data.model_copy(update=change)})) != first_recipe
     manifest = read_data_manifest(spec.data.prepared)
-    assert manifest.model_dump()["encoder"] == {"codebook_sha256": None}
+    assert manifest.model_dump()["encoder"] == {"codebook_sha256": None, "classes_sha256": None}
     assert manifest.tokenizer_sha256 == describe_file(spec.data.prepared / "tokenizer.json").sha256
