@@ -110,8 +110,8 @@ def test_client_with_few_short_requests_gets_them_as_if_alone():
             steps.run()
             step_counts[-1] += 1
     assert step_counts == [16, 16]
-    # The other client goes on meanwhile, with as many tokens.
-    assert 16 <= steps.tokens["many"] - tokens_before <= 5 * 35 + PREFILL_CHUNK
+    # The other client pauses meanwhile.
+    assert steps.tokens["many"] == tokens_before
 
 
 def test_a_client_that_always_needs_few_tokens_slows_others_only_for_bursts():
@@ -125,7 +125,6 @@ def test_a_client_that_always_needs_few_tokens_slows_others_only_for_bursts():
         if "few" not in steps.clients():
             steps.send("few", 1, 20, 400)
         token_counts.append(steps.run()["many"])
-    # In a slow step, the client with many requests gets as few tokens as the other.
     slow_steps = [count <= 2 for count in token_counts]
     assert sum(slow_steps[:900]) > 850
     assert sum(slow_steps[2000:]) < 1200

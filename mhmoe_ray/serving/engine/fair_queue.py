@@ -28,8 +28,10 @@ class TokenTurns:
         """Tokens that are left of each client's burst, and the tokens of all clients at that time."""
 
     def enter(self, client: str) -> None:
-        """Let a client without requests come back: it is at most `slack` tokens behind the client with most."""
-        self._tokens[client] = max(self._tokens.get(client, 0), self._most_tokens - self._slack)
+        """Let a client without requests come back, at most `slack` and a burst behind the client with most tokens."""
+        # The other clients pause for this burst. Where none pauses, a client that comes back has no advantage.
+        credit = self._slack + BURST_TOKENS if self._slack else 0
+        self._tokens[client] = max(self._tokens.get(client, 0), self._most_tokens - credit)
 
     def next_client(self, clients: Iterable[str]) -> str:
         """Return the client that got the fewest tokens, the first of several."""
