@@ -14,6 +14,7 @@ from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.model.drawn import specs
+from tests.support.decoders import BACKBONES
 
 MOES = [
     None,
@@ -53,7 +54,7 @@ def model_specs(backbone, moe):
 
 
 @pytest.mark.parametrize("moe", MOES)
-@pytest.mark.parametrize("backbone", ARCHITECTURES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_parameters_from_the_spec_are_those_of_a_built_model(backbone, moe):
     for spec in model_specs(backbone, moe):
         model = Decoder(spec)
@@ -89,7 +90,7 @@ def test_counts_of_random_layers_are_those_of_a_built_model(spec):
         MoESpec(heads=3, experts=6, top_k=2, d_expert=12, d_sub_token=30, projection_layers=2, kernel="grouped"),
     ],
 )
-@pytest.mark.parametrize("backbone", ARCHITECTURES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_multiply_adds_from_the_spec_are_those_that_torch_counts(backbone, moe):
     for spec in model_specs(backbone, moe):
         assert flops_without_attention(Decoder(spec)) == 2 * 8 * compute_sizes(spec).macs_per_token
@@ -97,7 +98,8 @@ def test_multiply_adds_from_the_spec_are_those_that_torch_counts(backbone, moe):
 
 @pytest.mark.parametrize("backbone", ARCHITECTURES)
 def test_an_expert_has_the_parameters_that_its_architecture_counts(backbone):
-    spec = ModelSpec(backbone=backbone, **SIZES, d_ff=100)
+    vision = {"patch_size": 4, "tasks": {"a": {"image_size": 8, "classes": 2}}}
+    spec = ModelSpec(backbone=backbone, vision=vision, **SIZES | {"vocab_size": 0}, d_ff=100)
     shapes = modules_of(spec).expert_shapes(7, 11)
     assert sum(torch.empty(shape).numel() for shape in shapes.values()) == spec.architecture.expert_parameters(7, 11)
     assert sum(len(shape) == 2 for shape in shapes.values()) == spec.architecture.expert_matrices
@@ -105,7 +107,7 @@ def test_an_expert_has_the_parameters_that_its_architecture_counts(backbone):
 
 
 @pytest.mark.parametrize("moe", MOES[:3])
-@pytest.mark.parametrize("backbone", ARCHITECTURES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_export_has_an_entry_for_every_tensor_of_the_model(backbone, moe):
     for spec in model_specs(backbone, moe):
         exported = {entry.checkpoint_name for group in tensor_entries(spec) for entry in group}

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mhmoe_kernels.choice import TRITON_KERNELS
     from mhmoe_kernels.permutation import RoutePlan, add_routes, combine, permute, plan_routes, widen
     from mhmoe_kernels.triton import fused_logits, fused_routing, plan_received
-    from mhmoe_kernels.weights import Adapted, ExpertWeights, Function, GeluSubln, Swiglu
+    from mhmoe_kernels.weights import Adapted, ExpertWeights, Function, Gelu, GeluSubln, Swiglu
 
 __all__ = [
     "BACKENDS",
@@ -54,6 +54,7 @@ __all__ = [
     "Adapted",
     "ExpertWeights",
     "Function",
+    "Gelu",
     "GeluSubln",
     "RoutePlan",
     "Swiglu",

@@ -5,7 +5,7 @@ The spec's checks, the planner's counts and the dispatcher in backends.py read t
 
 from typing import Literal, NamedTuple
 
-ExpertFunction = Literal["swiglu", "gelu_subln"]
+ExpertFunction = Literal["swiglu", "gelu_subln", "gelu"]
 """Name of the function that a feed-forward layer or an expert computes (weights.py)."""
 KernelName = Literal[
     "auto", "grouped", "cpp", "triton", "grouped_gemm", "grouped_mm", "megablocks", "capacity", "reference"
@@ -17,8 +17,8 @@ class KernelLimits(NamedTuple):
 
     device: Literal["CUDA", "CPUs"] | None = None
     precision: Literal["bfloat16"] | None = None
-    function: ExpertFunction | None = None
-    """Only expert function that the kernel computes."""
+    functions: tuple[ExpertFunction, ...] | None = None
+    """Only expert functions that the kernel computes."""
     size_multiple: int = 1
     """Number of which widths of rows and hidden widths of experts must be multiples."""
     max_row_width: int | None = None
@@ -30,25 +30,29 @@ class KernelLimits(NamedTuple):
     """True if the kernel needs a fixed number of slots per expert (static routing)."""
 
 
+_LANGUAGE_FUNCTIONS: tuple[ExpertFunction, ...] = ("swiglu", "gelu_subln")
+
 KERNELS: dict[KernelName, KernelLimits] = {
     "auto": KernelLimits(kept_rows="as configured"),
     "grouped": KernelLimits(kept_rows="as configured"),
     # bfloat16 matrix units read values in pairs, so sizes must be even.
-    "cpp": KernelLimits(device="CPUs", precision="bfloat16", function="swiglu", size_multiple=2, kept_rows="nothing"),
+    "cpp": KernelLimits(
+        device="CPUs", precision="bfloat16", functions=("swiglu",), size_multiple=2, kept_rows="nothing"
+    ),
     # Rows wider than 1024 values do not fit into the GPU's on-chip memory (see triton/fused/blocks.py).
-    "triton": KernelLimits(device="CUDA", max_row_width=1024, kept_rows="nothing"),
-    "grouped_gemm": KernelLimits(device="CUDA", kept_rows="as configured"),
+    "triton": KernelLimits(device="CUDA", functions=_LANGUAGE_FUNCTIONS, max_row_width=1024, kept_rows="nothing"),
+    "grouped_gemm": KernelLimits(device="CUDA", functions=_LANGUAGE_FUNCTIONS, kept_rows="as configured"),
     # torch's grouped_mm has no biases, needs rows whose size is a multiple of 16 bytes, and takes fewer than 1024
     # groups.
     "grouped_mm": KernelLimits(
         device="CUDA",
         precision="bfloat16",
-        function="swiglu",
+        functions=("swiglu",),
         size_multiple=8,
         max_experts=1023,
         kept_rows="as configured",
     ),
-    "megablocks": KernelLimits(device="CUDA"),
+    "megablocks": KernelLimits(device="CUDA", functions=_LANGUAGE_FUNCTIONS),
     "capacity": KernelLimits(is_static=True),
     "reference": KernelLimits(),
 }

@@ -85,8 +85,8 @@ GPU_CHOICES: tuple[GpuChoice, ...] = (
 def limit_reason(kernel: KernelName, sizes: ExpertSizes) -> str | None:
     """Return in one line the limit of a kernel that forbids these experts, if any."""
     limits = KERNELS[kernel]
-    if limits.function not in (None, sizes.function):
-        return f"kernel {kernel} computes {limits.function} experts, not {sizes.function}"
+    if limits.functions is not None and sizes.function not in limits.functions:
+        return f"kernel {kernel} computes {' and '.join(limits.functions)} experts, not {sizes.function}"
     if limits.precision not in (None, sizes.dtype):
         return f"kernel {kernel} computes in {limits.precision}, not in {sizes.dtype}"
     if sizes.row_width % limits.size_multiple or sizes.hidden % limits.size_multiple:

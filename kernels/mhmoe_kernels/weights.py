@@ -62,6 +62,16 @@ class GeluSubln:
 
 
 @dataclass(frozen=True)
+class Gelu:
+    """GELU, fc2(gelu(fc1(x))), with biases, as in the vision transformer (ViT, arXiv 2010.11929)."""
+
+    name: ClassVar[ExpertFunction] = "gelu"
+
+    def __call__(self, x_ND: Tensor, fc1_FD: Tensor, fc1_bias_F: Tensor, fc2_DF: Tensor, fc2_bias_D: Tensor) -> Tensor:
+        return _linear(F.gelu(_linear(x_ND, fc1_FD, fc1_bias_F)), fc2_DF, fc2_bias_D)
+
+
+@dataclass(frozen=True)
 class Adapted:
     """Function whose matrices have low-rank adapters (LoRA, arXiv 2106.09685), or whose weights are only frozen.
 
@@ -86,7 +96,7 @@ class Adapted:
         return self.function(x_ND, *summed_weights)
 
 
-Function = Swiglu | GeluSubln | Adapted
+Function = Swiglu | GeluSubln | Gelu | Adapted
 """Function (x_ND, *weights) -> y_ND of an expert or a dense layer, for any N, including 0."""
 
 

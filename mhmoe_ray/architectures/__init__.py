@@ -6,6 +6,7 @@ model.
 
     base.py     the interface of an architecture
     llama.py    RMSNorm, rotary positions and SwiGLU (the models of arXiv 2411.16205)
+    vit.py      LayerNorm and GELU, for vision models alone (arXiv 2010.11929)
     subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (the models of arXiv 2404.15045)
 """
 
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Literal
 from mhmoe_ray.architectures.base import FLOAT32, Architecture
 from mhmoe_ray.architectures.llama import Llama
 from mhmoe_ray.architectures.subln import Subln
+from mhmoe_ray.architectures.vit import Vit
 
-ARCHITECTURES: dict[str, Architecture] = {"llama": Llama(), "subln": Subln()}
+ARCHITECTURES: dict[str, Architecture] = {"llama": Llama(), "subln": Subln(), "vit": Vit()}
 """All architectures by their name in a spec (`model.backbone`)."""
 if TYPE_CHECKING:
     ArchitectureName = str

@@ -23,17 +23,20 @@ class Architecture(ABC):
     longest_sequence: ClassVar[int | None] = None  # length within float32's range of positions; None for any
     runs_in_vllm: ClassVar[bool] = False  # True if `serving/vllm` implements the layers
 
+    reads_tokens: ClassVar[bool] = True  # False if only vision models can have the layers, as they have no positions
+
     norms_per_block: ClassVar[int]
     norm_vectors: ClassVar[int]  # parameter vectors of a norm, each as wide as the model
     attention_bias: ClassVar[Literal["none", "qkv", "all"]] = "none"
     """Projections of attention that have a bias, unless the spec chooses them (`model.attention_bias`)."""
     has_trunk_options: ClassVar[bool] = False  # a spec may choose attention's biases and norms, and position scaling
     expert_matrices: ClassVar[int]  # products in a feed-forward layer or an expert, each between widths D and F
-    dense_launches: ClassVar[int]  # GPU kernels of a block with a dense feed-forward layer, forward and backward
-    mixture_launches: ClassVar[Mapping[KernelName, int]]
+    dense_launches: ClassVar[int] = 0
+    """GPU kernels of a block with a dense feed-forward layer, forward and backward; vision models do not count them."""
+    mixture_launches: ClassVar[Mapping[KernelName, int]] = {}
     """GPU kernels that a block with experts and h = 1 launches, forward and backward, by expert kernel."""
 
-    tensor_names: ClassVar[tuple[tuple[str, str], ...]]
+    tensor_names: ClassVar[tuple[tuple[str, str], ...]] = ()
     """Feed-forward tensors, as pairs of the name in a checkpoint and the name in an exported Hugging Face model, in the
     notation of `checkpoint/huggingface/names.py`."""
 

@@ -54,7 +54,7 @@ def may_use_cpp(spec: RunSpec) -> bool:
     if moe is None or moe.kernel != "auto" or moe.router == "smear" or spec.cluster.gpus_per_worker:
         return False
     has_valid_sizes = not (model.row_width % limits.size_multiple or moe.d_expert % limits.size_multiple)
-    has_valid_function = limits.function == model.architecture.expert_function
+    has_valid_function = model.architecture.expert_function in (limits.functions or ())
     return has_valid_sizes and has_valid_function and spec.train.precision == limits.precision
 
 

@@ -68,7 +68,8 @@ class ModelSpec(Section):
     backbone: ArchitectureName = "llama"
     """Architecture of the layers. llama (second MH-MoE paper, arXiv 2411.16205): RMSNorm, rotary positions, SwiGLU, no
     biases. subln (first MH-MoE paper, arXiv 2404.15045): LayerNorm also inside attention and feed-forward layers, xPos,
-    GELU, biases, embeddings scaled by sqrt(d_model)."""
+    GELU, biases, embeddings scaled by sqrt(d_model). vit (ViT, arXiv 2010.11929, and AdaMV-MoE; for vision models):
+    LayerNorm, GELU, biases."""
     encoder: EncoderSpec | None = None
     """Options that make the model an encoder of images and texts. An encoder has learned positions instead of xPos, and
     its embeddings are not scaled. It needs backbone subln. By default the model is a decoder."""
@@ -111,15 +112,22 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.d_head is None and self.d_model % (2 * self.attention_heads):
+        if self.d_head is None and self.vision is not None and self.d_model % self.attention_heads:
+            raise ValueError(f"d_model {self.d_model} must be a multiple of attention_heads ({self.attention_heads})")
+        if self.d_head is None and self.vision is None and self.d_model % (2 * self.attention_heads):
             raise ValueError(
                 f"d_model {self.d_model} must be a multiple of twice attention_heads ({self.attention_heads}), "
                 "because rotary positions need an even width per head; or set d_head"
             )
-        if self.d_head is not None and self.d_head % 2:
+        if self.d_head is not None and self.vision is None and self.d_head % 2:
             raise ValueError(f"d_head is {self.d_head}, but rotary positions need an even width per head")
         if self.encoder is not None and self.vision is not None:
             raise ValueError("model has both encoder and vision: remove one of them")
+        if self.vision is None and not self.architecture.reads_tokens:
+            raise ValueError(
+                f"backbone {self.backbone} has no positions of tokens, so only vision models can have it: set "
+                "model.vision, or another backbone"
+            )
         if not self.vocab_size and self.vision is None:
             raise ValueError("vocab_size is missing: the number of rows of the embedding")
         self._check_trunk_options()
@@ -174,9 +182,9 @@ class ModelSpec(Section):
 
     def _check_kernel(self, moe: MoESpec) -> None:
         limits, row_width = moe.kernel_limits, self.row_width
-        if limits.function not in (None, self.architecture.expert_function):
+        if limits.functions is not None and self.architecture.expert_function not in limits.functions:
             backbones = " or ".join(
-                n for n, architecture in ARCHITECTURES.items() if architecture.expert_function == limits.function
+                n for n, architecture in ARCHITECTURES.items() if architecture.expert_function in limits.functions
             )
             raise ValueError(f"moe.kernel {moe.kernel} computes experts of backbone {backbones} only: set it to auto")
         if row_width % limits.size_multiple or moe.d_expert % limits.size_multiple:

@@ -304,7 +304,7 @@ class RunSpec(Section):
                 part.micro_batch_size,
                 tasks[name].objective if name in tasks else part.objective or default,
                 self.data.sources[part.sources[0]].sample_columns,
-                part.weight,
+                part.weight * (tasks[name].rate_ratio if name in tasks else 1),
                 has_masks=name in tasks and (detector := tasks[name].detector) is not None and detector.masks,
             )
             for name, part in ((name, self.data.parts[name]) for name in tasks or self.data.parts)
@@ -373,7 +373,7 @@ class RunSpec(Section):
         """Length in tokens and number of samples by part; a contrastive part has separate images and texts."""
         encoder, vision, lengths = self.model.encoder, self.model.vision, []
         if vision is not None:
-            return [(vision.patches(vision.tasks[part.name]), part.samples) for part in self.parts]
+            return [(vision.positions(vision.tasks[part.name]), part.samples) for part in self.parts]
         if encoder is None:
             return [(self.data.seq_len, self.train.micro_batch_size)]
         for part in self.parts:

@@ -88,7 +88,23 @@ class TaskSpec(Section):
     classes: TokenCount
     """Largest number of classes. The data may have fewer; then no image belongs to the remaining outputs."""
     detector: DetectorSpec | None = None
-    """Options that make the task one of detection. By default it is classification, from the mean of all patches."""
+    """Options that make the task one of detection. By default it is classification."""
+    pooling: Literal["mean", "class_token"] = "mean"
+    """Output of the last norm from which images are classified: the mean over all patches, or the output for a learned
+    class token before the patches, as in ViT."""
+    rate_ratio: PositiveFloat = 1.0
+    """Ratio of the task's learning rate to train.lr (AdaMV-MoE): a factor of its losses, in addition to
+    data.parts.NAME.weight, and of its load balancing losses."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.detector is not None and self.pooling != "mean":
+            raise ValueError(f"pooling {self.pooling} is for classification, but the task has a detector: remove it")
+        return self
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.pooling == "class_token"
 
     @property
     def objective(self) -> Literal["classify", "detect"]:
@@ -168,6 +184,10 @@ class VisionSpec(Section):
 
     def patches(self, task: TaskSpec) -> int:
         return self.patches_per_side(task) ** 2
+
+    def positions(self, task: TaskSpec) -> int:
+        """Return the number of rows that an image of a task has in the blocks: its patches and the class token."""
+        return self.patches(task) + task.has_class_token
 
     @property
     def patch_values(self) -> int:

@@ -2,7 +2,7 @@
 
 import torch
 
-from mhmoe_kernels import ExpertWeights, Swiglu, run_experts
+from mhmoe_kernels import ExpertWeights, Gelu, Swiglu, run_experts
 
 SWIGLU = Swiglu()
 
@@ -23,14 +23,8 @@ def make_problem(seed, n, d, f, e, k, dtype=torch.float64, n_used=None, function
     if isinstance(function, Swiglu):
         stacked = (make_tensor(e, f, d), make_tensor(e, f, d), make_tensor(e, d, f))
     else:
-        stacked = (
-            make_tensor(e, f, d),
-            make_tensor(e, f),
-            make_tensor(e, f),
-            make_tensor(e, f),
-            make_tensor(e, d, f),
-            make_tensor(e, d),
-        )
+        vectors = [make_tensor(e, f) for _ in range(1 if isinstance(function, Gelu) else 3)]
+        stacked = (make_tensor(e, f, d), *vectors, make_tensor(e, d, f), make_tensor(e, d))
     return make_tensor(n, d), expert_NK, make_tensor(n, k), ExpertWeights(function, stacked)
 
 

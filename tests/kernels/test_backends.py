@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mhmoe_kernels import (
     ExpertWeights,
+    Gelu,
     GeluSubln,
     Swiglu,
     combine,
@@ -41,7 +42,7 @@ def test_reference_computes_formula():
 @settings(max_examples=120)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(0, 40), e=st.integers(1, 9), data=st.data(),
-    dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([Swiglu(), GeluSubln()]),
+    dtype=st.sampled_from([torch.float64, torch.float32]), function=st.sampled_from([Swiglu(), GeluSubln(), Gelu()]),
     recompute=st.sampled_from([0, 0.3, 0.5, 1]), piece=st.sampled_from([1, 3, 1024]), steps=st.sampled_from([1, 4, 32]),
     cached=st.sampled_from([8, 64, 1 << 17]),
 )  # fmt: skip
@@ -124,7 +125,7 @@ def test_sorted_rows_run_through_their_experts(backend, count_E):
         torch.testing.assert_close(actual, expected_result)
 
 
-@pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln(), Gelu()])
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_bfloat16_grouped_is_near_float64(function, recompute):
     """Outputs and gradients are near float64, also if an expert's rows pass in many pieces."""
@@ -153,7 +154,7 @@ def test_accumulator_rounds_once_over_many_pieces():
     assert accumulator.total_EOI.item() == 1000
 
 
-@pytest.mark.parametrize("function", [Swiglu(), GeluSubln()])
+@pytest.mark.parametrize("function", [Swiglu(), GeluSubln(), Gelu()])
 def test_grouped_keeps_no_hidden_rows_without_backward(function, monkeypatch):
     """The kernel creates no piece that keeps its hidden rows under no_grad."""
     pieces = []

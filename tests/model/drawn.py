@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.moe import MultiHeadMoE
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.support.decoders import BACKBONES
 
 WIDTH = 24
 
@@ -53,7 +53,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> ModelSpec:
         fields.setdefault("d_sub_token", draw(st.sampled_from([None, None, 5, WIDTH]), label="D"))
     if any(is_projected):
         fields.setdefault("projection_layers", draw(st.sampled_from([1, 1, 2])))
-    backbone = fields.pop("backbone", None) or draw(st.sampled_from(list(ARCHITECTURES)))
+    backbone = fields.pop("backbone", None) or draw(st.sampled_from(BACKBONES))
     moe = MoESpec(**fields)
     return ModelSpec(backbone=backbone, vocab_size=9, d_model=WIDTH, layers=1, attention_heads=2, moe=moe)
 

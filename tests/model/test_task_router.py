@@ -12,10 +12,10 @@ from mhmoe_ray.spec import MoESpec
 ROWS = [12, 20]
 
 
-def task_router(is_shared=False, **fields):
+def task_router(is_shared=False, factors=(1, 1), **fields):
     """Return a float64 router for two tasks and rows of width 8; `fields` are keys of MoESpec."""
     moe = MoESpec(**{"experts": 6, "top_k": 2, "d_expert": 4, **fields})
-    router = TaskRouter(8, moe, ["a", "b"], is_shared=is_shared)
+    router = TaskRouter(8, moe, dict(zip("ab", factors, strict=True)), is_shared=is_shared)
     for i, p in enumerate(router.parameters()):
         torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(i))
     return router.double()
@@ -31,6 +31,15 @@ def router_of(router, task):
     source = router.scores if hasattr(router, "scores") else router.tasks[f"task_{task}"]
     plain.scores.load_state_dict(source.state_dict())
     return plain
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_balance_loss_of_a_task_is_multiplied_by_its_factor(is_shared):
+    router, x = task_router(is_shared, factors=(2, 0.5)), rows()
+    losses = [router_of(router, task)(part).balance_loss for task, part in (("a", x[:12]), ("b", x[12:]))]
+    shares = [12 / 32, 20 / 32] if is_shared else [1, 1]
+    expected = 2 * shares[0] * losses[0] + 0.5 * shares[1] * losses[1]
+    torch.testing.assert_close(router(x, context=RoutingContext(group_rows=ROWS)).balance_loss, expected)
 
 
 @pytest.mark.parametrize("is_shared", [False, True])

@@ -14,7 +14,7 @@ from mhmoe_ray.families.vision.model.pyramid import Pyramid
 from mhmoe_ray.model.build import build_model
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.model.noise import Noise, default_generator_from, seeded_generator
-from tests.support.visions import VISION, image_objects, task_samples, vision_batch, vision_spec
+from tests.support.visions import VISION, VIT, image_objects, task_samples, vision_batch, vision_spec
 
 
 def built_model(spec) -> Vision:
@@ -37,6 +37,35 @@ def test_images_of_one_task_do_not_influence_those_of_another():
     # An image is not influenced by other images of the same task either.
     alone_patches = model.encode([batch[0].image_NYXC[:1], batch[1].image_NYXC[:0]]).patches[0]
     torch.testing.assert_close(alone_patches, model.encode([task.image_NYXC for task in batch]).patches[0][:1])
+
+
+def test_the_trunk_of_adamv_is_the_formula_of_vit():
+    """A dense block is x + attention(norm(x)), then x + fc2(gelu(fc1(norm(x)))), with the class token in row 0."""
+    spec = vision_spec(**VIT, model__moe=None, model__layers=1)
+    model, image_NYXC = built_model(spec), vision_batch(spec)[0].image_NYXC
+    stem, [block] = model.inputs["task_classify"], model.blocks
+    branch, ffn = block.branch, block.branch.ffn
+    pixels = (image_NYXC / 127.5 - 1).unflatten(1, (4, 4)).unflatten(3, (4, 4)).transpose(2, 3).flatten(1, 2)
+    patches = stem.patch_projection(pixels.flatten(2))
+    x = torch.cat([stem.class_token.weight.expand(3, 1, -1), patches], 1) + stem.position_embedding.weight
+    attention = nn.MultiheadAttention(32, 2, batch_first=True)
+    attention.load_state_dict(
+        {
+            "in_proj_weight": branch.attention.qkv.weight,
+            "in_proj_bias": branch.attention.qkv.bias,
+            "out_proj.weight": branch.attention.out.weight,
+            "out_proj.bias": branch.attention.out.bias,
+        }
+    )
+    normed = branch.attention_norm(x)
+    x = x + attention(normed, normed, normed)[0]
+    hidden = nn.functional.gelu(branch.ffn_norm(x) @ ffn.fc1_FD.T + ffn.fc1_bias_F)
+    expected = model.norm(x + hidden @ ffn.fc2_DF.T + ffn.fc2_bias_D)
+    no_images = torch.empty(0, 32, 32, 3, dtype=torch.uint8)
+    encoded = model.encode([image_NYXC, no_images]).patches[0]
+    torch.testing.assert_close(encoded, expected)
+    head = model.outputs["task_classify"]
+    torch.testing.assert_close(model.class_logits("classify", encoded), head(expected[:, 0]))
 
 
 def test_a_task_has_a_router_of_its_own_and_shares_the_experts():

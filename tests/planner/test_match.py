@@ -2,12 +2,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.planner.match import MatchSpec, compare_models, experts_without_ep, matched_heads, solve_match
 from mhmoe_ray.planner.sizes import compute_sizes
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.support.decoders import BACKBONES
 from tests.support.specs import tiny_spec
 
 
@@ -62,7 +62,7 @@ def test_heads_that_do_not_divide_the_width_are_refused(heads):
 @settings(max_examples=80)
 @given(
     heads=st.sampled_from([1, 2, 3, 4, 6, 12]), top_k=st.integers(1, 4), multiple=st.sampled_from([1, 2, 8]),
-    router=st.sampled_from(list(SCORES_BY_ROUTER)), backbone=st.sampled_from(list(ARCHITECTURES)),
+    router=st.sampled_from(list(SCORES_BY_ROUTER)), backbone=st.sampled_from(BACKBONES),
     d_shared=st.sampled_from([0, 256]), d_ff=st.sampled_from([1024, 2048, 3072]),
     quantity=st.sampled_from(["flops", "params", "both"]), width=st.sampled_from([None, 100, 768]),
 )  # fmt: skip

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_kernels.choice import TRITON_KERNELS
-from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.bench.measure import peak_bytes
 from mhmoe_ray.checkpoint.save import Saver
 from mhmoe_ray.distributed.mesh import build_mesh
@@ -34,6 +33,7 @@ from mhmoe_ray.train.objectives import MicroBatch
 from mhmoe_ray.train.step import Trainer
 from tests.planner.rank_memory import state_bytes_of_rank, unsharded_bytes_of_rank
 from tests.support.cpp_kernel import MUST_COMPILE
+from tests.support.decoders import BACKBONES
 from tests.support.encoders import SMEAR, encoder_batch, encoder_spec
 from tests.support.ranks import run_ranks
 from tests.support.runs import new_run
@@ -43,7 +43,7 @@ from tests.train.jobs import build_trainer, micro_batches
 
 TRUNK = {"vocab_size": 500, "d_model": 96, "layers": 3, "attention_heads": 4, "d_ff": 200}
 KINDS = {
-    **{name: {"backbone": name} for name in ARCHITECTURES},
+    **{name: {"backbone": name} for name in BACKBONES},
     "grouped-queries": {"kv_heads": 2, "tied_embeddings": False},
     "dropout": {"backbone": "subln", "dropout": 0.1},
     "masks": {"document_masks": True},
@@ -199,9 +199,7 @@ def wide_experts(draw) -> dict[str, object]:
 
 
 @settings(max_examples=25)
-@given(
-    kind=st.sampled_from(list(ARCHITECTURES)), precision=st.sampled_from(["float32", "bfloat16"]), moe=wide_experts()
-)
+@given(kind=st.sampled_from(BACKBONES), precision=st.sampled_from(["float32", "bfloat16"]), moe=wide_experts())
 def test_planned_bytes_per_token_are_exact_for_any_width_of_sub_tokens(kind, precision, moe):
     """The bytes that more samples add are compared, so that rounded copies of the weights in bfloat16 do not count."""
 

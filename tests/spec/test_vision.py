@@ -26,6 +26,11 @@ DETECT = "model__vision__tasks__detect"
             "for an encoder|vision|encoder",
         ),
         ({"model__vision__adaptive": {"largest": 5}}, "between moe.top_k"),
+        ({f"{DETECT}__pooling": "class_token"}, "pooling class_token is for classification"),
+        ({f"{DETECT}__rate_ratio": 0}, "greater than 0"),
+        ({"model__attention_heads": 5}, "must be a multiple of attention_heads"),
+        ({"model__backbone": "vit", "model__moe__kernel": "grouped_gemm"}, "of backbone llama or subln only"),
+        ({"model__backbone": "vit", "model__vision": None}, "only vision models can have it"),
         (
             {"model__moe__groups": 2, "model__vision__adaptive": {"largest": 3}},
             r"moe.top_groups \(1\) leaves a row 2 experts",

@@ -2,11 +2,14 @@
 
 import torch
 
+from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.decoder import Decoder
 from mhmoe_ray.model.init import init_weights
 from mhmoe_ray.spec import ModelSpec, MoESpec
 from tests.support.specs import tiny_spec
 
+BACKBONES = [name for name, architecture in ARCHITECTURES.items() if architecture.reads_tokens]
+"""Architectures that a decoder can have."""
 KINDS = [{}, {"backbone": "subln"}, {"kv_heads": 2, "tied_embeddings": False}]
 DOMAIN_MOE = {
     "router": "domain",

@@ -61,6 +61,14 @@ def vision_spec(**changes: Any) -> RunSpec:
     return RunSpec.model_validate(with_changes(VISION, changes))
 
 
+VIT = {
+    "model__backbone": "vit",
+    "model__vision__tasks__classify__pooling": "class_token",
+    "model__vision__tasks__classify__rate_ratio": 2,
+}
+"""Changes to AdaMV-MoE's trunk, with a class token and a ratio of learning rates."""
+
+
 def task_samples(spec: RunSpec, part: MicroBatchPart, seed: int) -> TaskSamples:
     """Return samples of one task with random images, classes and objects, all of which depend on the seed."""
     rng, vision = np.random.default_rng(seed), spec.model.vision

@@ -56,7 +56,7 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
 def _check(x_RD: Tensor, weights: ExpertWeights) -> None:
     # Unsupported experts are reported before an unsupported machine, because another machine would not help.
     limits = KERNELS["cpp"]
-    if weights.function.name != limits.function:
+    if weights.function.name not in (limits.functions or ()):
         raise ValueError("kernel cpp computes SwiGLU experts only")
     if {t.dtype for t in (x_RD, *weights.stacked)} != {torch.bfloat16}:
         raise TypeError("kernel cpp computes in bfloat16 only")

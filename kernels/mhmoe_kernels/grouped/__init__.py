@@ -5,7 +5,7 @@ It runs on any device. The backward is written by hand, and keeps fewer activati
     autograd.py   autograd function of kernels on sorted rows
     pieces.py     division of sorted rows into pieces
     swiglu.py     SwiGLU experts
-    gelu.py       GELU experts with SubLN
+    gelu.py       GELU experts, with and without SubLN
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from mhmoe_kernels.grouped.gelu import GELU
 from mhmoe_kernels.grouped.swiglu import SWIGLU
 from mhmoe_kernels.permutation import combine, permute, plan_routes
-from mhmoe_kernels.weights import ExpertWeights, GeluSubln, Swiglu
+from mhmoe_kernels.weights import ExpertWeights, Gelu, GeluSubln, Swiglu
 
 RunSorted = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 """Function (x_RD, count_E, weights) -> y_RD, like `run_sorted`."""
@@ -43,5 +43,6 @@ def run_sorted(x_RD: Tensor, count_E: Tensor, weights: ExpertWeights) -> Tensor:
     recompute = weights.recompute if torch.is_grad_enabled() else 1.0
     if isinstance(weights.function, Swiglu):
         return SWIGLU(x_RD, count_E, (recompute,), weights.stacked)
-    assert isinstance(weights.function, GeluSubln)
-    return GELU(x_RD, count_E, (weights.function.eps, recompute), weights.stacked)
+    assert isinstance(weights.function, GeluSubln | Gelu)
+    eps = weights.function.eps if isinstance(weights.function, GeluSubln) else 0.0
+    return GELU(x_RD, count_E, (eps, recompute), weights.stacked)

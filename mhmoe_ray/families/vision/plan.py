@@ -20,7 +20,8 @@ class VisionPlan(FamilyPlan):
 
     def embedding_rows(self, model: ModelSpec) -> int:
         vision = _vision(model)
-        return model.vocab_size + sum(vision.patches(task) for task in vision.tasks.values())
+        # A class token has a position, and an embedding of its own.
+        return sum(vision.positions(task) + task.has_class_token for task in vision.tasks.values())
 
     def input_parts(self, model: ModelSpec) -> list[ModelPart]:
         vision = _vision(model)

@@ -2,6 +2,7 @@
 
 base.py     the interface of an architecture's modules
 llama.py    RMSNorm, rotary positions and SwiGLU (arXiv 2411.16205)
+vit.py      LayerNorm and GELU, for vision models alone (arXiv 2010.11929)
 subln.py    LayerNorm also inside attention and feed-forward, xPos and GELU (arXiv 2404.15045)
 """
 

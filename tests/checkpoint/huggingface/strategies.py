@@ -5,12 +5,13 @@ from hypothesis import strategies as st
 from mhmoe_ray.architectures import ARCHITECTURES
 from mhmoe_ray.model.router import SCORES_BY_ROUTER
 from mhmoe_ray.spec import ModelSpec, MoESpec
+from tests.support.decoders import BACKBONES
 
 
 @st.composite
 def model_specs(draw) -> ModelSpec:
     """Draw the spec of a small model of any architecture, with or without mixture-of-experts layers."""
-    backbone = draw(st.sampled_from(list(ARCHITECTURES)))
+    backbone = draw(st.sampled_from(BACKBONES))
     heads = draw(st.sampled_from([1, 2, 4]))
     head, merge = draw(st.tuples(*[st.none() | st.booleans()] * 2))
     is_projected = [heads > 1 if projection is None else projection for projection in (head, merge)]

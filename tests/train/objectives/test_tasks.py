@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mhmoe_ray.families.vision.data.columns import samples_in_row, stream_columns
 from tests.support.ranks import run_ranks
-from tests.support.visions import micro_batch_samples, task_samples, vision_spec
+from tests.support.visions import VIT, micro_batch_samples, task_samples, vision_spec
 from tests.train.jobs import build_trainer, full_gradients, full_tensors
 
 ADAPTIVE = {"largest": 3, "interval": 1, "patience": 1, "batches": 2}
@@ -78,6 +78,16 @@ def test_ranks_train_as_one_does(single_rank_result, workers, cluster):
         assert validation.targets == expected.targets == 7 + 5 * 7
         assert validation.loss == pytest.approx(expected.loss, rel=1e-3)
         assert result["top_k"] == single_rank_result["top_k"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_train_the_trunk_of_adamv_as_one_does(strategy):
+    [expected] = run_ranks(1, train_and_validate, vision_spec(**VIT))
+    cluster = {"workers": 2, "ep": 2, "strategy": strategy}
+    for result in run_ranks(2, train_and_validate, vision_spec(**VIT, cluster=cluster)):
+        torch.testing.assert_close(result["losses"][0], expected["losses"][0], rtol=1e-5, atol=1e-5)
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_heads_compute_in_float32_where_blocks_are_gathered_in_bfloat16():

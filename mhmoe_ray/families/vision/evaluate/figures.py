@@ -90,8 +90,8 @@ class VisionMeter:
             return self._model.encode(images)
         vision = self._model.spec.vision
         assert vision is not None
-        patches = vision.patches(list(vision.tasks.values())[task_number])
-        mask_N = torch.ones(len(images[task_number]) * patches, dtype=torch.bool, device=self._device)
+        positions = vision.positions(list(vision.tasks.values())[task_number])
+        mask_N = torch.ones(len(images[task_number]) * positions, dtype=torch.bool, device=self._device)
         with self.counter.counting_routes(label, mask_N, self._model.top_k[task_number]):
             return self._model.encode(images)
 

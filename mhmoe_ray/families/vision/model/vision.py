@@ -47,7 +47,7 @@ VisionBatch = tuple[TaskBatch, ...]
 
 
 class GroupShape(NamedTuple):
-    """Number of images of a task in a micro-batch, and number of patches of each image."""
+    """Number of images of a task in a micro-batch, and number of patches of each image, with its class token."""
 
     images: int
     patches: int
@@ -117,7 +117,7 @@ class Features(NamedTuple):
     """Outputs of the last norm for the images of a micro-batch."""
 
     patches: list[Tensor]
-    """Outputs for the patches of each task's images, (images, patches, M)."""
+    """Outputs for the patches of each task's images, (images, patches, M); that for the class token comes first."""
     routing: list[Routing]
     """Routing of each mixture-of-experts layer, from the first to the last."""
 
@@ -194,7 +194,8 @@ class Vision(Trunk):
         """Return the class logits of a task's images, (N, classes) float32, from the outputs for their patches."""
         # In bfloat16, the logits of several classes would often be equal.
         with torch.autocast(patch_NPM.device.type, enabled=False):
-            logits_NC: Tensor = self.outputs[module_key(name)](widen(patch_NPM).mean(1))
+            pooled_NM = widen(patch_NPM)[:, 0] if self.tasks[name].has_class_token else widen(patch_NPM).mean(1)
+            logits_NC: Tensor = self.outputs[module_key(name)](pooled_NM)
         return logits_NC
 
     def detect(self, name: str, patch_NPM: Tensor) -> list[Detection]:

@@ -51,7 +51,7 @@ class VisionEngine(RoundEngine[VisionRequest, VisionOutput]):
                 routing.expert_NK[:, : self.top_k[name]].view(*patch_NPM.shape[:2], heads, -1).cpu().numpy()
                 for routing in features.routing
             ]
-            expert_NLPHK = np.stack(choices, 1)
+            expert_NLPHK = np.stack(choices, 1)[:, :, -self.patches[name] :]  # without the class token
             outputs = [
                 output._replace(expert_LPHK=expert_LPHK) if value.has_routes else output
                 for value, output, expert_LPHK in zip(inputs, outputs, expert_NLPHK, strict=True)
