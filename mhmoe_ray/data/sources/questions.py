@@ -26,7 +26,7 @@ from mhmoe_ray.data.sources.storage import Storage
 from mhmoe_ray.spec import SourceSpec
 from mhmoe_ray.storage import short_message
 
-_IDENTIFIER = re.compile(r"(?P<split>[^/]+)-(?P<set>\d+)-(?P<pair>\d+)-(?P<sentence>\d+)")
+_IDENTIFIER = re.compile(r"(?P<split>[^/.]+)-(?P<set>\d+)-(?P<pair>\d+)-(?P<sentence>\d+)")
 LABELS = ("False", "True")
 """Labels of sentences; the index of a label is its class."""
 
