@@ -7,6 +7,7 @@ import typer
 
 from mhmoe_ray.cli import options
 from mhmoe_ray.cli.output import print_json, print_line, show_activity
+from mhmoe_ray.report.seeds import MARGIN
 
 
 def report(
@@ -24,7 +25,7 @@ def report(
     ] = None,
     margin: Annotated[
         float, typer.Option(min=0, help="Difference of losses below which variants count as equal.")
-    ] = 0.01,
+    ] = MARGIN,
     storage: options.StorageOption = options.STORAGE,
     json: options.JsonOption = False,
 ) -> None:

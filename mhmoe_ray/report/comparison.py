@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from mhmoe_ray.errors import RunError
 from mhmoe_ray.report.figures import RouteSummary, RunFigures, read_routes
 from mhmoe_ray.report.quality import QualityTable, quality_tables
+from mhmoe_ray.report.seeds import MARGIN
 from mhmoe_ray.report.variants import Variant, group_variants, matched_step
-from mhmoe_ray.report.verdicts import MARGIN, Verdict, compare_variants
+from mhmoe_ray.report.verdicts import Verdict, compare_variants
 from mhmoe_ray.runs.directory import RunDir
 
 

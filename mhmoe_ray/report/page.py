@@ -16,8 +16,8 @@ from mhmoe_ray.report import plots
 from mhmoe_ray.report.comparison import Comparison, compare_runs
 from mhmoe_ray.report.figures import RouteSummary, RunFigures, compare_expert_use
 from mhmoe_ray.report.quality import runs_without_quality
+from mhmoe_ray.report.seeds import MARGIN
 from mhmoe_ray.report.variants import Variant, loss_unit, variant_row
-from mhmoe_ray.report.verdicts import MARGIN
 from mhmoe_ray.runs import events, metrics
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.runs.metrics import METRICS

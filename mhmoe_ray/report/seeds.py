@@ -9,6 +9,8 @@ from mhmoe_ray.errors import DataError
 
 CONFIDENCE, POWER = 0.95, 0.9
 """Confidence of intervals and tests, and the probability with which a detectable difference is found."""
+MARGIN = 0.01
+"""Difference of losses below which variants count as equal, by default; 0.01 nats are 1% of perplexity."""
 MAX_SEEDS = 10_000
 """Number of seeds from which on `seeds_for` gives up."""
 

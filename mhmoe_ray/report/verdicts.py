@@ -3,12 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from mhmoe_ray.report.seeds import CONFIDENCE, POWER, correct_for_number
+from mhmoe_ray.report.seeds import CONFIDENCE, MARGIN, MAX_SEEDS, POWER, correct_for_number
 from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics
-
-MARGIN = 0.01
-"""Difference of losses below which variants count as equal, by default; 0.01 nats are 1% of perplexity."""
 
 
 class Verdict(NamedTuple):
@@ -73,7 +70,7 @@ class Verdict(NamedTuple):
         text = f"{self.variant} to {self.baseline}: {self.word}{margin_text}; {figures} ({interval}, {method})"
         if self.word != "undecided":
             return text
-        seeds_text = "more than 10,000" if self.seeds_for_margin is None else str(self.seeds_for_margin)
+        seeds_text = f"more than {MAX_SEEDS:,}" if self.seeds_for_margin is None else str(self.seeds_for_margin)
         detectable_text = (
             f"a difference of {self.smallest_difference:.4f}, and {seeds_text} seeds one of {self.margin:g}"
         )
