@@ -1,30 +1,26 @@
-"""Draw results.svg, which compares MH-MoE with SMoE, from the tables of jobs/paper/RESULTS.md.
+"""Draw results.svg, which compares MH-MoE with SMoE, from the losses in jobs/paper/losses.
 
 It runs as `python jobs/pictures/results.py`.
 """
 
-import re
+import json
 from pathlib import Path
 
 from mhmoe_ray import plotting
+from mhmoe_ray.report.seeds import pair_values
 
-RESULTS = Path(__file__).parent.parent / "paper" / "RESULTS.md"
-RAW, NORMALISED = "The follow-up paper's comparison, at equal compute", "The same with gate weights that add up to 1"
+LOSSES = Path(__file__).parent.parent / "paper" / "losses" / "gates.json"
 VARIANTS = {"fine-grained": "fine-grained SMoE", "mhmoe-h2": "MH-MoE, h 2", "mhmoe-h3": "MH-MoE, h 3"}
 
 
-def differences(section: str) -> dict[str, tuple[float, float, float]]:
-    """Return each variant's loss on held-out text less SMoE's, in nats per token, with its 95% interval.
-
-    Args:
-        section: heading of the section of RESULTS.md whose table of differences is read.
-
-    Returns:
-        Difference, and lower and upper end of its interval, by the name of the variant.
-    """
-    text = re.search(rf"^## {re.escape(section)}\n(.*?)(?=^## )", RESULTS.read_text(), re.S | re.M)[1]
-    row = re.compile(r"^\| ([\w-]+)(?:, normalised)? +\| ([+-][\d.]+) +\| ([+-][\d.]+) to ([+-][\d.]+) +\|", re.M)
-    return {name: (float(mean), float(low), float(high)) for name, mean, low, high in row.findall(text)}
+def difference(variant: str) -> tuple[float, float, float]:
+    """Return a variant's loss on held-out text less SMoE's, in nats per token, and the ends of its 95% interval."""
+    rows = json.loads(LOSSES.read_text())
+    losses = pair_values(rows["smoe"]["losses"], rows[variant]["losses"])
+    assert losses is not None
+    test = losses.test()
+    assert test is not None
+    return losses.difference, test.low, test.high
 
 
 def main() -> None:
@@ -33,13 +29,12 @@ def main() -> None:
         figure = plotting.new_figure(6.4, 2.7)
         axis = figure.subplots()
         axis.axvline(0, color=plotting.GREY, linewidth=1)
-        for shift, colour, label, section in (
-            (-0.12, plotting.VERMILION, "gate weights as in the paper's code", RAW),
-            (0.12, plotting.BLUE, "gate weights that add up to 1", NORMALISED),
+        for shift, colour, label, ending in (
+            (-0.12, plotting.VERMILION, "gate weights as in the paper's code", "-raw"),
+            (0.12, plotting.BLUE, "gate weights that add up to 1", ""),
         ):
-            difference_by_variant = differences(section)
             for position, name in enumerate(VARIANTS):
-                mean, low, high = difference_by_variant[name]
+                mean, low, high = difference(name + ending)
                 axis.errorbar(
                     mean, position + shift, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3,
                     label=label if position == 0 else None,

@@ -1,9 +1,9 @@
 """Verdicts on variants: whether their losses are better than, worse than or equal to those of a baseline."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from mhmoe_ray.report.seeds import CONFIDENCE, MARGIN, MAX_SEEDS, POWER, correct_for_number
+from mhmoe_ray.report.seeds import CONFIDENCE, MARGIN, MAX_SEEDS, POWER, SeedValues, correct_for_number
 from mhmoe_ray.report.variants import Variant, losses_at
 from mhmoe_ray.runs import metrics
 
@@ -81,30 +81,30 @@ def compare_variants(
     baseline: Variant, variants: Iterable[Variant], step: int, margin: float = MARGIN
 ) -> list[Verdict]:
     """Compare the validation losses of variants with a baseline's at a training step, without those that have none."""
-    verdicts = [verdict for v in variants if (verdict := _compare_variant(baseline, v, step, margin)) is not None]
-    tested = [i for i, verdict in enumerate(verdicts) if verdict.p is not None]
-    for i, p in zip(tested, correct_for_number([verdicts[i].p or 0.0 for i in tested]), strict=True):
-        verdicts[i] = verdicts[i]._replace(p=p)
+    variants_by_name = {variant.name: variant for variant in variants}
+    losses = {name: losses_at(step, baseline, variant) for name, variant in variants_by_name.items()}
+    verdicts = compare_losses(baseline.name, {name: pair for name, pair in losses.items() if pair}, step, margin)
+    return [v._replace(has_summed_loss=variants_by_name[v.variant].has_summed_loss) for v in verdicts]
+
+
+def compare_losses(
+    baseline: str, losses_by_variant: Mapping[str, SeedValues], step: int, margin: float = MARGIN
+) -> list[Verdict]:
+    """Compare losses of variants with those of a baseline, with p-values corrected for the number of variants."""
+    tests = {name: losses.test() for name, losses in losses_by_variant.items()}
+    tested = [name for name, test in tests.items() if test is not None]
+    corrected = dict(zip(tested, correct_for_number([test.p for test in tests.values() if test]), strict=True))
+    verdicts = []
+    for name, losses in losses_by_variant.items():
+        verdict = Verdict(baseline, name, step, losses.difference, None, None, losses.seeds, losses.paired)
+        if (test := tests[name]) is not None:
+            verdict = verdict._replace(
+                low=test.low,
+                high=test.high,
+                p=corrected[name],
+                margin=margin,
+                smallest_difference=losses.smallest_difference(),
+                seeds_for_margin=losses.seeds_for(margin),
+            )
+        verdicts.append(verdict)
     return verdicts
-
-
-def _compare_variant(baseline: Variant, variant: Variant, step: int, margin: float) -> Verdict | None:
-    losses = losses_at(step, baseline, variant)
-    if losses is None:
-        return None
-    test = losses.test()
-    return Verdict(
-        baseline.name,
-        variant.name,
-        step,
-        losses.difference,
-        test.low if test else None,
-        test.high if test else None,
-        losses.seeds,
-        losses.paired,
-        test.p if test else None,
-        margin,
-        losses.smallest_difference() if test else None,
-        losses.seeds_for(margin) if test else None,
-        variant.has_summed_loss,
-    )
