@@ -31,15 +31,13 @@ def losses_file(sweep: str) -> Path:
     return FOLDER / "losses" / f"{sweep}.json"
 
 
-def add(sweep: str, table: list[dict[str, Any]]) -> None:
-    """Add the table of `mhmoe sweep --show --json` to the stored losses; a seed that is stored already is replaced."""
-    path = losses_file(sweep)
+def add(path: Path, table: list[dict[str, Any]]) -> None:
+    """Add the table of `mhmoe sweep --show --json` to a file of losses; a seed that it has already is replaced."""
     rows: Rows = json.loads(path.read_text()) if path.exists() else {}
     for row in table:
         if row["states"].get("finished"):
             losses = {**rows.get(row["variant"], {}).get("losses", {}), **row["losses"]}
             rows[row["variant"]] = {**{key: row[key] for key in STORED_KEYS}, "losses": losses}
-    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -88,5 +86,5 @@ def render(text: str) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
-        add(sys.argv[2], json.load(sys.stdin))
+        add(losses_file(sys.argv[2]), json.load(sys.stdin))
     RESULTS.write_text(render(RESULTS.read_text()))

@@ -96,13 +96,14 @@ def compare_losses(
     corrected = dict(zip(tested, correct_for_number([test.p for test in tests.values() if test]), strict=True))
     verdicts = []
     for name, losses in losses_by_variant.items():
-        verdict = Verdict(baseline, name, step, losses.difference, None, None, losses.seeds, losses.paired)
+        verdict = Verdict(
+            baseline, name, step, losses.difference, None, None, losses.seeds, losses.paired, margin=margin
+        )
         if (test := tests[name]) is not None:
             verdict = verdict._replace(
                 low=test.low,
                 high=test.high,
                 p=corrected[name],
-                margin=margin,
                 smallest_difference=losses.smallest_difference(),
                 seeds_for_margin=losses.seeds_for(margin),
             )

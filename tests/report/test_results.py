@@ -35,11 +35,11 @@ def test_every_interval_beside_smoe_is_that_of_a_paired_t_test(results_script):
         assert f"{interval.low:+.4f} to {interval.high:+.4f}" in line
 
 
-def test_added_runs_complete_the_seeds_of_a_variant(results_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(results_script, "FOLDER", tmp_path)
+def test_added_runs_complete_the_seeds_of_a_variant(results_script, tmp_path):
+    path = tmp_path / "sweep.json"
     row = {"variant": "a", "states": {"finished": 1}, "step": 9, "parameters": 5, "macs_per_token": 4}
-    results_script.add("sweep", [{**row, "losses": {"0": 1.5}}])
-    results_script.add("sweep", [{**row, "losses": {"1": 2.5}}, {**row, "variant": "b", "states": {"queued": 1}}])
-    assert json.loads((tmp_path / "losses/sweep.json").read_text()) == {
+    results_script.add(path, [{**row, "losses": {"0": 1.5}}])
+    results_script.add(path, [{**row, "losses": {"1": 2.5}}, {**row, "variant": "b", "states": {"queued": 1}}])
+    assert json.loads(path.read_text()) == {
         "a": {"step": 9, "parameters": 5, "macs_per_token": 4, "losses": {"0": 1.5, "1": 2.5}}
     }

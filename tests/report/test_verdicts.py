@@ -65,4 +65,5 @@ def test_verdicts_say_better_worse_equal_or_undecided(tmp_path):
     # Its p-value is the smallest of five.
     assert verdicts[0].p == pytest.approx(5 * single_verdict.p)
     [strict] = compare_variants(base, variants[2:3], 20, margin=1e-4)
+    assert strict.margin == 1e-4
     assert strict.word == "undecided"
