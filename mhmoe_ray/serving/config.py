@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-    # Chunks of streams go from replicas to proxies over gRPC, which costs less than Ray's generators of objects.
+    # Chunks of streams go from replicas to proxies over gRPC, which costs less than Serve's default, object references.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     # Serve kills a proxy that is not ready after three checks, each with this timeout, and then the deployment fails.
     # The default of five seconds is too short for a busy machine.
