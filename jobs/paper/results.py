@@ -1,10 +1,11 @@
-"""Write the tables of RESULTS.md that have verdicts, from the losses by seed in the folder `losses`.
+"""Write the tables of RESULTS.md and of the folder `results` that have verdicts, from the stored losses.
 
     mhmoe sweep jobs/rivals.yaml --show --json | python jobs/paper/results.py add rivals
     python jobs/paper/results.py
 
 The first command adds the finished runs of a sweep, whose seeds may come from several machines. The second one writes
-each table between the lines `<!-- verdicts SWEEP BASELINE VARIANTS -->` and `<!-- end -->`.
+each table between the lines `<!-- verdicts SWEEP BASELINE VARIANTS -->` and `<!-- end -->`, and draws the differences
+of all tables of a page as NAME.svg beside it.
 """
 
 import json
@@ -14,14 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mhmoe_ray import plotting
 from mhmoe_ray.report.seeds import pair_values
 from mhmoe_ray.report.verdicts import Verdict, compare_losses
 
 FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "RESULTS.md"
+PAGES = (FOLDER / "RESULTS.md", *sorted((FOLDER / "results").glob("*.md")))
 STORED_KEYS = ("step", "parameters", "macs_per_token", "losses")
 TABLE_PATTERN = re.compile(r"(<!-- verdicts (\S+) (\S+) (\S+) -->\n)(.*?)(<!-- end -->\n)", re.S)
 COLUMNS = ("variant", "parameters", "multiply-adds", "loss", "±", "difference", "interval", "p", "verdict")
+
+COLOURS = {
+    "better": plotting.GREEN,
+    "worse": plotting.VERMILION,
+    "equal": plotting.BLUE,
+    "undecided": plotting.GREY,
+}
 
 Rows = dict[str, dict[str, Any]]
 """Stored figures of a sweep's variants, by name; `losses` has the validation loss of each seed."""
@@ -45,11 +54,15 @@ def by_seed(row: dict[str, Any]) -> dict[int, float]:
     return {int(seed): loss for seed, loss in row["losses"].items()}
 
 
+def verdicts_by_variant(rows: Rows, baseline: str, variants: list[str]) -> dict[str, Verdict]:
+    """Compare variants with a baseline at the last step of each."""
+    pairs = {name: pair for name in variants if (pair := pair_values(by_seed(rows[baseline]), by_seed(rows[name])))}
+    return {verdict.variant: verdict for verdict in compare_losses(baseline, pairs, rows[baseline]["step"])}
+
+
 def verdict_table(rows: Rows, baseline: str, variants: list[str]) -> str:
     """Return a Markdown table of variants beside a baseline, with verdicts at the last step of each."""
-    base = rows[baseline]
-    pairs = {name: pair for name in variants if (pair := pair_values(by_seed(base), by_seed(rows[name])))}
-    verdicts = {verdict.variant: verdict for verdict in compare_losses(baseline, pairs, base["step"])}
+    base, verdicts = rows[baseline], verdicts_by_variant(rows, baseline, variants)
     lines = [COLUMNS]
     for name in (baseline, *variants):
         row, losses = rows[name], list(rows[name]["losses"].values())
@@ -73,18 +86,37 @@ def verdict_cells(verdict: Verdict | None) -> tuple[str, str, str, str]:
     return (f"{verdict.difference:+.4f}", interval, f"{verdict.p:.2g}", verdict.word + seeds_text)
 
 
+def tables_of(text: str) -> list[tuple[Rows, str, list[str]]]:
+    """Return stored rows, baseline and variants of each table with verdicts on a page."""
+    matches = TABLE_PATTERN.finditer(text)
+    return [(json.loads(losses_file(m[2]).read_text()), m[3], m[4].split(",")) for m in matches]
+
+
 def render(text: str) -> str:
-    """Return the text of RESULTS.md with all tables of verdicts computed from the stored losses."""
+    """Return the text of a page with all its tables of verdicts computed from the stored losses."""
+    tables = iter(tables_of(text))
+    return TABLE_PATTERN.sub(lambda match: f"{match[1]}\n{verdict_table(*next(tables))}\n{match[6]}", text)
 
-    def table(match: re.Match[str]) -> str:
-        opening, sweep, baseline, variants, _, closing = match.groups()
-        rows = json.loads(losses_file(sweep).read_text())
-        return f"{opening}\n{verdict_table(rows, baseline, variants.split(','))}\n{closing}"
 
-    return TABLE_PATTERN.sub(table, text)
+def draw(text: str, path: Path) -> None:
+    """Draw the difference of each verdict on a page with its interval, below one another."""
+    verdicts = [verdict for table in tables_of(text) for verdict in verdicts_by_variant(*table).values()]
+    with plotting.style():
+        figure = plotting.new_figure(6.4, 0.8 + plotting.ROW_INCHES * len(verdicts))
+        axis = figure.subplots()
+        axis.axvline(0, color=plotting.GREY, linewidth=1)
+        for row, verdict in enumerate(verdicts):
+            axis.plot(verdict.difference, row, "o", color=COLOURS[verdict.word])
+            axis.plot((verdict.low, verdict.high), (row, row), color=COLOURS[verdict.word])
+        axis.set_yticks(range(len(verdicts)), [f"{v.variant} to {v.baseline}: {v.word}" for v in verdicts])
+        axis.set(xlabel="difference of loss in nats; left is better", ylim=(len(verdicts) - 0.5, -0.5))
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["add"]:
         add(losses_file(sys.argv[2]), json.load(sys.stdin))
-    RESULTS.write_text(render(RESULTS.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
+        if page.parent != FOLDER and TABLE_PATTERN.search(page.read_text()):
+            draw(page.read_text(), page.with_suffix(".svg"))
