@@ -25,6 +25,8 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    # Equal figures have equal bytes: without it, the ids of an SVG file are random.
+    "svg.hashsalt": "mhmoe",
 }
 ROW_INCHES = 0.22
 """Height in inches of a row in a figure with one row per item, such as a layer or a domain."""
