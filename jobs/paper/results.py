@@ -86,30 +86,34 @@ def verdict_cells(verdict: Verdict | None) -> tuple[str, str, str, str]:
     return (f"{verdict.difference:+.4f}", interval, f"{verdict.p:.2g}", verdict.word + seeds_text)
 
 
-def tables_of(text: str) -> list[tuple[Rows, str, list[str]]]:
-    """Return stored rows, baseline and variants of each table with verdicts on a page."""
+def tables_of(text: str) -> list[tuple[str, Rows, str, list[str]]]:
+    """Return sweep, stored rows, baseline and variants of each table with verdicts on a page."""
     matches = TABLE_PATTERN.finditer(text)
-    return [(json.loads(losses_file(m[2]).read_text()), m[3], m[4].split(",")) for m in matches]
+    return [(m[2], json.loads(losses_file(m[2]).read_text()), m[3], m[4].split(",")) for m in matches]
 
 
 def render(text: str) -> str:
     """Return the text of a page with all its tables of verdicts computed from the stored losses."""
     tables = iter(tables_of(text))
-    return TABLE_PATTERN.sub(lambda match: f"{match[1]}\n{verdict_table(*next(tables))}\n{match[6]}", text)
+    return TABLE_PATTERN.sub(lambda match: f"{match[1]}\n{verdict_table(*next(tables)[1:])}\n{match[6]}", text)
 
 
 def draw(text: str, path: Path) -> None:
-    """Draw the difference of each verdict on a page with its interval, below one another."""
-    verdicts = [verdict for table in tables_of(text) for verdict in verdicts_by_variant(*table).values()]
+    """Draw the difference of each verdict on a page with its interval, below one another in a plot for each sweep."""
+    verdicts_by_sweep: dict[str, list[Verdict]] = {}
+    for sweep, *table in tables_of(text):
+        verdicts_by_sweep.setdefault(sweep, []).extend(verdicts_by_variant(*table).values())
+    counts = [len(verdicts) for verdicts in verdicts_by_sweep.values()]
     with plotting.style():
-        figure = plotting.new_figure(6.4, 0.8 + plotting.ROW_INCHES * len(verdicts))
-        axis = figure.subplots()
-        axis.axvline(0, color=plotting.GREY, linewidth=1)
-        for row, verdict in enumerate(verdicts):
-            axis.plot(verdict.difference, row, "o", color=COLOURS[verdict.word])
-            axis.plot((verdict.low, verdict.high), (row, row), color=COLOURS[verdict.word])
-        axis.set_yticks(range(len(verdicts)), [f"{v.variant} to {v.baseline}: {v.word}" for v in verdicts])
-        axis.set(xlabel="difference of loss in nats; left is better", ylim=(len(verdicts) - 0.5, -0.5))
+        figure = plotting.new_figure(6.4, 0.8 * len(counts) + plotting.ROW_INCHES * sum(counts))
+        axes = figure.subplots(len(counts), squeeze=False, height_ratios=counts)[:, 0]
+        for axis, (sweep, verdicts) in zip(axes, verdicts_by_sweep.items(), strict=True):
+            axis.axvline(0, color=plotting.GREY, linewidth=1)
+            for row, verdict in enumerate(verdicts):
+                axis.plot(verdict.difference, row, "o", color=COLOURS[verdict.word])
+                axis.plot((verdict.low, verdict.high), (row, row), color=COLOURS[verdict.word])
+            axis.set_yticks(range(len(verdicts)), [f"{v.variant} to {v.baseline}: {v.word}" for v in verdicts])
+            axis.set(xlabel="difference of loss in nats; left is better", ylim=(len(verdicts) - 0.5, -0.5), title=sweep)
         figure.savefig(path, metadata={"Date": None})
 
 

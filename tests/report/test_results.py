@@ -26,7 +26,9 @@ def results_script():
 def verdicts(results_script):
     """Return the verdicts of all tables as (interval, words of the verdict)."""
     tables = [table for page in results_script.PAGES for table in results_script.tables_of(page.read_text())]
-    cells = [map(results_script.verdict_cells, results_script.verdicts_by_variant(*table).values()) for table in tables]
+    cells = [
+        map(results_script.verdict_cells, results_script.verdicts_by_variant(*table[1:]).values()) for table in tables
+    ]
     return {(interval, words) for row in cells for _, interval, _, words in row}
 
 
