@@ -48,7 +48,12 @@ def build_optimizer(
     for name, parameter in model.trained_parameters().items():
         parameters_by_kind.setdefault((name in expert_names, name in decayed_names), []).append(parameter)
     groups = [
-        {"params": p, "weight_decay": spec.weight_decay * has_decay} for (_, has_decay), p in parameters_by_kind.items()
+        {
+            "params": p,
+            "weight_decay": spec.weight_decay * has_decay,
+            "lr_ratio": spec.expert_lr_ratio if is_expert else 1.0,
+        }
+        for (is_expert, has_decay), p in parameters_by_kind.items()
     ]
     options: dict[str, Any] = {"lr": spec.lr, "betas": spec.betas, "eps": spec.eps, "fused": True}
     if spec.moment_precision == "bfloat16":
@@ -58,6 +63,6 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups of an optimizer."""
+    """Set the learning rate of all parameter groups of an optimizer, multiplied by the ratio of each."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)

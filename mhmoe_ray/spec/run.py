@@ -87,6 +87,8 @@ class RunSpec(Section):
                 f"train.moment_precision bfloat16 is for strategies ddp and fsdp, but DeepSpeed holds the moments of "
                 f"{self.cluster.strategy}: set train.moment_precision to float32"
             )
+        if self.train.expert_lr_ratio != 1 and self.model.moe is None:
+            raise ValueError("train.expert_lr_ratio is for a model with experts, and would be ignored: remove it")
         self._check_adapter()
         check_parts(self)
         if self.model.encoder is None and self.train.masking != MaskingSpec():

@@ -133,6 +133,8 @@ class TrainSpec(Section):
     lr: PositiveFloat = 6e-4
     min_lr: float = Field(default=3e-5, ge=0)
     """Learning rate at the end of the schedule's decay. Schedule `constant` does not use it."""
+    expert_lr_ratio: PositiveFloat = 1.0
+    """Factor of the learning rate of routed experts."""
     warmup_steps: OptionalStepCount = Field(default_factory=lambda fields: min(375, fields.get("steps", 0) // 10))
     """Number of steps of linear warm-up from 0; by default 375, but at most a tenth of all steps."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
