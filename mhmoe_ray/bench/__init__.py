@@ -9,7 +9,6 @@ sweep.py        measure all layers at several values of one size, and the growth
 plot.py         draw the results of a sweep
 steps.py        whole training steps of matched models
 plan.py         steps at one and two ranks beside the planner's estimates from measured ceilings
-loss.py         the output layer with its loss, for all logits at once and chunk by chunk
 checkpoints.py  save a model in training, as a checkpoint or by torch.save
 run.py          training on Ray beside the same steps in loops
 loops.py        loops without Ray, by our trainer and by transformers' model

@@ -1,8 +1,8 @@
 """`mhmoe bench`: measurements that are compared side by side within one command.
 
 `layer` and `serve` have files of their own. This file has the other commands: `train` times whole training steps of
-models of equal work; `plan` steps beside the planner's estimates; `run` the overhead of Ray in training; `loss` the
-output layer with its loss; `count` counts the work of a step as on a GPU.
+models of equal work; `plan` steps beside the planner's estimates; `run` the overhead of Ray in training; `count` counts
+the work of a step as on a GPU.
 """
 
 import os
@@ -15,7 +15,7 @@ import typer
 
 from mhmoe_ray.cli import bench_layer, bench_serve
 from mhmoe_ray.cli import bench_tables as tables
-from mhmoe_ray.cli.formats import format_bytes, format_seconds
+from mhmoe_ray.cli.formats import format_seconds
 from mhmoe_ray.cli.options import JsonOption, SetOption, SpecArg
 from mhmoe_ray.cli.output import number_table, print_note
 from mhmoe_ray.cli.verbs import SuggestingGroup
@@ -163,48 +163,6 @@ def run(
     tables.print_results([(title, table), conclusion], json, data)
 
 
-def loss(
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a micro-batch.")] = 2048,
-    vocab_size: Annotated[int, typer.Option(min=2, help="V")] = 32768,
-    d_model: Annotated[int, typer.Option(min=1, help="d")] = 512,
-    chunk_rows: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens in a chunk, as in `train.loss_chunk_rows`; 128 by default.")
-    ] = None,
-    precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Precision, as in `train.precision`.")
-    ] = "bfloat16",
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to measure on.")] = "cpu",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each of every way.")] = 7,
-    json: JsonOption = False,
-) -> None:
-    """Time the output layer with its loss, forward and backward, and measure its memory: with all logits at once, and
-    chunk by chunk.
-
-    All ways take turns in each round; times are medians. With --json the table goes to stderr.
-    """
-    from mhmoe_ray.bench.loss import OutputLayerSize, measure
-    from mhmoe_ray.bench.timing import find_hardware
-
-    hardware, size = find_hardware(device), OutputLayerSize(tokens, vocab_size, d_model)
-    figures = measure(size, chunk_rows or [128], precision, rounds, hardware)
-    rows = [
-        [
-            f.name,
-            format_seconds(f.timing.median),
-            f"{f.time_ratio:.2f}",
-            format_bytes(f.peak_bytes),
-            f"{f.memory_ratio:.2f}",
-            f"{f.loss:.7f}",
-        ]
-        for f in figures
-    ]
-    table = number_table(["", "time", "to all", "peak", "to all", "loss"], rows)
-    title = f"{hardware}, {precision}; {tokens:,} tokens, V {vocab_size:,}, d {d_model}; {rounds} interleaved rounds"
-    ways = [f.as_json() for f in figures]
-    data = {**hardware.as_json(), "size": size._asdict(), "rounds": rounds, "ways": ways}
-    tables.print_results([(title, table)], json, data)
-
-
 def count(
     spec: Annotated[Path | None, typer.Argument(help="A spec; by default the --preset.", show_default=False)] = None,
     preset: Annotated[
@@ -250,7 +208,7 @@ def use_worker_memory(context: typer.Context) -> None:
     # Layers and training steps should take as long as in a training run, so this process needs the memory allocator's
     # settings of a training worker. The allocator reads its settings only when a process starts, so this process is
     # replaced by one with these settings.
-    timed_commands = ("layer", "train", "plan", "loss")
+    timed_commands = ("layer", "train", "plan")
     if context.invoked_subcommand in timed_commands and (settings := malloc.malloc_settings(os.environ)):
         os.execve(sys.executable, sys.orig_argv, os.environ | settings)
 
@@ -258,7 +216,6 @@ def use_worker_memory(context: typer.Context) -> None:
 app.command("layer")(bench_layer.layer)
 app.command("train")(train)
 app.command("plan")(plan)
-app.command("loss")(loss)
 app.command("run")(run)
 app.command("count")(count)
 app.command("serve")(bench_serve.serve)

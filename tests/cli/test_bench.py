@@ -34,19 +34,6 @@ def test_bench_layer_shows_ratios_their_rounds_and_memory(tmp_path):
         assert part in result.err
 
 
-@pytest.mark.slow  # tests/model/test_loss.py compares chunks and their memory
-def test_bench_loss_compares_chunks_with_all_logits(tmp_path):
-    sizes = ("--tokens", "64", "--vocab-size", "500", "--d-model", "16", "--chunk-rows", "8", "--precision", "float32")
-    result = mhmoe_subprocess(tmp_path, "bench", "loss", *sizes, "--rounds", "2", "--json")
-    all_logits, chunked = result.json()["ways"]
-    assert (all_logits["name"], chunked["name"]) == ("all logits", "8 rows")
-    assert all_logits["time_ratio"] == all_logits["memory_ratio"] == 1
-    assert chunked["loss"] == pytest.approx(all_logits["loss"], abs=1e-6)
-    assert chunked["memory_ratio"] == chunked["peak_bytes"] / all_logits["peak_bytes"] < 0.5
-    assert len(chunked["timing"]) == 2
-    assert "interleaved rounds" in result.err
-
-
 @pytest.mark.long
 def test_bench_count_has_the_work_of_each_part(tmp_path):
     small = ("--set", "size=tiny", "--set", "train.compile=false", "--set", "train.precision=bfloat16")
