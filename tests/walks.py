@@ -295,7 +295,7 @@ def walk_completion(tree: Tree, folder: Path, recorder: Recorder) -> None:
     end_tokens, token_total = tree.definition("boundaries")(tokenizer).ends, tree.definition("token_count")(tokenizer)
     # The engine starts its thread here. The thread is watched, because the recorder exists already.
     engine = tree.definition("own_engine")(model, end_tokens, token_total, 64, serve_spec)
-    details = tree.definition("ModelDetails").from_spec("walk", spec.model)
+    details = tree.definition("ModelDetails").from_spec("walk/step_00000001.0", spec.model)
     answerer = tree.definition("Answerer")(engine, tokenizer, None, details)
     app = tree.definition("create_app")(answerer, "walk", serve_spec)
     body = {"model": "walk", "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
