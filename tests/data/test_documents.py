@@ -317,6 +317,7 @@ def test_mistakes_are_one_line(cases):
     assert f"three.jsonl.gz:{read.line}" in mhmoe(folder, "data", "find", run.id, f"three.jsonl.gz:{read.line}").out
 
 
+@pytest.mark.slow
 def test_the_digests_of_a_run_follow_from_its_documents(local_cluster, tmp_path):
     """Two workers train six steps, then one trains six more; each digest is computed from texts of the raw files."""
     write_documents(tmp_path / "raw/a/one.jsonl", make_documents("a", 60, words=20))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-MUTANTS = 100
+MUTANTS = 50
 """Number of mutants of each kind, fewer of those that take long; `make explore` tries more, with new seeds."""
 
 

@@ -108,6 +108,7 @@ def test_a_kill_before_the_first_step_leaves_no_half_of_a_reference(project, bas
     assert losses == expected_losses
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_trains_alike_and_reads_the_stored_reference(project, base, run):
     write_pairs_spec(project, base, workers=1)
     single_run = train_to_end(project)
