@@ -1,6 +1,7 @@
 """A model that a cluster serves over OpenAI's API: deploy a checkpoint, replace it by another, and stop serving."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -31,6 +32,7 @@ from mhmoe_ray.terminal import Activity
 SERVE_CPUS = 1
 """Number of CPUs that a local cluster needs in addition to those of the replicas, for other processes."""
 API_KEY_VARIABLE = "MHMOE_API_KEY"
+APPLICATION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def serve(
@@ -70,9 +72,12 @@ def serve(
         RunError, CheckpointError: there is no such run or checkpoint, or the checkpoint is damaged.
         SpecError: the spec or an override is wrong, or the nodes cannot be expected to see the run directory.
         ClusterError: the cluster cannot be started or reached.
-        ServeError: Ray Serve does not accept the application or cannot listen at its address, or the application
-            failed.
+        ServeError: the name does not fit into a URL, Ray Serve does not accept the application or cannot listen at its
+            address, or the application failed.
     """
+    if APPLICATION_NAME.fullmatch(name) is None:
+        reason = "the name is part of a URL, and may have letters, digits, dots, dashes and underscores"
+        raise ServeError(f"application {name!r}", reason, "choose another name")
     run, path, spec = resolve_target(
         target,
         checkpoint,

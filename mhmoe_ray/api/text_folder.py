@@ -9,8 +9,8 @@ from typing import NamedTuple
 from mhmoe_ray.data.sources import Document, FileReader, RawFile, find_files
 from mhmoe_ray.errors import DataError
 from mhmoe_ray.planner.presets import SIZES, SizeName
+from mhmoe_ray.spec.base import NAME_LENGTH
 from mhmoe_ray.spec.raw_text import raw_text_sections
-from mhmoe_ray.spec.run import NAME_LENGTH
 
 SIZE: SizeName = "tiny"
 MIN_CHARACTERS = 256

@@ -55,7 +55,9 @@ def list_(
     ]
     # Many runs share a cluster, and one that does not answer takes until the timeout, so each is tried once.
     connect = cached_connect()
-    rows = [row for row in (_run_row(run, connect) for run in matching_runs) if not state or row["state"] in state]
+    all_rows = [_run_row(run, connect) for run in matching_runs]
+    states = {row["state"] for row in all_rows}
+    rows = [row for row in all_rows if not state or row["state"] in state]
     if json:
         print_json(rows)
         return
@@ -70,7 +72,8 @@ def list_(
         print_table(columns, cells, names=columns)
     else:
         filter_text = " match the filters" if name or state or creation_text else ""
-        out.print(f"no runs in {storage}{filter_text}")
+        states_text = f"; their states are {', '.join(sorted(states))}" if states else ""
+        out.print(f"no runs in {storage}{filter_text}{states_text}")
 
 
 def _run_row(run: "RunDir", connect: "Callable[[str], Connection]") -> dict[str, Any]:

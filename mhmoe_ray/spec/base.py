@@ -12,6 +12,9 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     PositiveInt,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 
 from mhmoe_ray.storage import Location, ObjectPath, location
@@ -43,6 +46,17 @@ def _parse_location(value: Any) -> Location:
     return location(value)
 
 
+def _explain_names(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        raise ValueError("a name is short and has only lower-case letters, digits and dashes, but none first") from None
+
+
+NAME_LENGTH = 41
+RUN_NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
+RunName = Annotated[str, Field(pattern=RUN_NAME), WrapValidator(_explain_names)]
+SweepName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,20}$"), WrapValidator(_explain_names)]
 StoragePath = Annotated[Location, PlainValidator(_parse_location), PlainSerializer(str)]
 
 

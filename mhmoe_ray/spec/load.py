@@ -124,7 +124,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
     """Parse overrides: `["train.steps=5"]` becomes `[(["train", "steps"], 5)]`."""
     parsed = []
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, equals, value = (part.strip() for part in override.partition("="))
         if not equals or not all(key.split(".")):
             raise SpecError(f"override {override!r}", "it is not key=value", "write for example train.steps=50")
         try:
@@ -167,8 +167,10 @@ def _split_key(section: dict[str, Any], keys: list[str]) -> tuple[str, list[str]
 def _spec_error(
     section: type[BaseModel], error: ValidationError, label: str, prefix: str, extra_keys: Sequence[str]
 ) -> SpecError:
-    # Wrong keys come first, because they often cause wrong or missing values.
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    # Wrong keys come first, because they often cause wrong or missing values. A default that needs a wrong value is no
+    # mistake of its own.
+    mistakes = (p for p in error.errors() if p["type"] != "default_factory_not_called")
+    problems = sorted(mistakes, key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
     key_path = (prefix + ".".join(str(part) for part in problem["loc"])).removesuffix(".") or "the spec"
     count_note = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

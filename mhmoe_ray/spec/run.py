@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from mhmoe_kernels.choice import ExpertSizes
 from mhmoe_ray.errors import SpecError
-from mhmoe_ray.spec.base import Section, StoragePath
+from mhmoe_ray.spec.base import RunName, Section, StoragePath
 from mhmoe_ray.spec.cluster import ClusterSpec, WorkerRange
 from mhmoe_ray.spec.data import DataSpec, ImageSpec, absolute_path
 from mhmoe_ray.spec.model import ModelSpec
@@ -27,8 +27,6 @@ from mhmoe_ray.storage import default_storage, location, resolve_path
 
 NON_TRAINING_KEYS: dict[str, Any] = {"cluster": True, "serve": True, "tracking": True, "train": {"profile"}}
 """Sections and keys that do not change how a run trains, as pydantic excludes them."""
-NAME_LENGTH = 41
-NAME = rf"^[a-z0-9][a-z0-9-]{{0,{NAME_LENGTH - 1}}}$"
 
 
 class ReferenceSpec(Section):
@@ -42,7 +40,7 @@ class ReferenceSpec(Section):
 class RunSpec(Section):
     """Everything that determines a run: model, data, training, cluster, serving and tracking."""
 
-    name: str = Field(pattern=NAME)
+    name: RunName
     """Name of the run, in lower-case letters, digits and dashes. Each submission adds a suffix of its own."""
     storage: StoragePath = Field(default_factory=lambda: location(default_storage()))
     """Folder of the run directories: a path, s3://bucket/folder or gs://bucket/folder. In all commands, --storage comes

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from mhmoe_ray.spec.base import Section
+from mhmoe_ray.spec.base import Section, SweepName
 from mhmoe_ray.spec.run import RunSpec
 
 Overrides = dict[str, Any]
@@ -31,7 +31,7 @@ class SweepSize(Section):
 class SweepSpec(Section):
     """Runs that differ in some keys of a spec, at several sizes and with several seeds."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,20}$")
+    name: SweepName
     """Name of the sweep, in lower-case letters, digits and dashes. The names of its runs begin with it."""
     sizes: dict[str, SweepSize] = Field(min_length=1)
     """Sizes of the sweep by name, each with a spec. The first size is the default."""

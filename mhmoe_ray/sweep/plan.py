@@ -13,7 +13,7 @@ from mhmoe_ray.checkpoint.start.source import SWEEP_PREFIX, find_start_model, sw
 from mhmoe_ray.errors import SpecError
 from mhmoe_ray.runs.directory import RunDir
 from mhmoe_ray.spec import RunSpec, SweepRun, SweepSize, SweepSpec, read_tree
-from mhmoe_ray.spec.run import NAME_LENGTH
+from mhmoe_ray.spec.base import NAME_LENGTH
 from mhmoe_ray.spec.sweep import RESERVED_KEYS, seeded_name
 
 

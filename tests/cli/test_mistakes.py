@@ -109,6 +109,16 @@ KEYS = [
     KeyMistake("serve.port=99999", None, "Input should be less than or equal to 65535"),
     KeyMistake("serve.engine=sglang", None, "'serve.engine': Input should be 'torch' or 'vllm'"),
     KeyMistake("wandb.project=x", None, "known keys here: name"),
+    KeyMistake("name=my run", None, "only lower-case letters, digits and dashes"),
+    KeyMistake("name=../x", None, "only lower-case letters, digits and dashes"),
+    KeyMistake("train.lr=1e-3,train.steps=5", None, "'train.lr': Input should be a valid number"),
+    KeyMistake("train.precision=fp8", None, "leave this key out"),
+    KeyMistake("data.sources=docs", None, "'data.sources': Input should be a valid dictionary"),
+    KeyMistake("data.validation_fraction=10", None, "Input should be less than 0.5 (got 10)"),
+    KeyMistake("data.sources.redpajama.weight=-1", None, "Input should be greater than or equal to 0 (got -1)"),
+    KeyMistake("cluster.backend=nccl", None, "known keys here: workers"),
+    KeyMistake("model.dropout=1.5", None, "'model.dropout': Input should be less than 1"),
+    KeyMistake("model.tie_word_embeddings=true", "tied_embeddings"),
 ]
 
 
@@ -154,11 +164,38 @@ COMMANDS = [
     CommandMistake("cluster use nowhere", 5, None, "there is no cluster of this name"),
     CommandMistake("ckpt import no/model --name x", 8, None, "name a folder, a run, or hf:ORGANIZATION/NAME"),
     CommandMistake("generate --prompt hi --top-p 2", 2, None, "Input should be less than or equal to 1"),
+    CommandMistake("submit tab.yaml", 3, None, "line 2: found character '\\t'"),
+    CommandMistake("submit list.yaml", 3, None, "it is not a mapping; write one: mhmoe init"),
+    CommandMistake("submit twice.yaml", 3, None, "line 2: the key 'preset' is given twice"),
+    CommandMistake("submit folder", 3, None, "give the path of a YAML spec"),
+    CommandMistake("submit", 2, None, "Missing argument 'spec'"),
+    CommandMistake("init folder --name x", 2, None, "No such option: --name"),
+    CommandMistake("init --output spec.yaml", 3, None, "it exists already"),
+    CommandMistake("plan spec.yaml --set preset=mhmoe-tiny", 3, None, "`mhmoe presets` lists them all"),
+    CommandMistake("sweep sweep.yaml --only nothing", 3, None, "choose from dense"),
+    CommandMistake("sweep sweep.yaml --size huge", 3, None, "choose from small"),
+    CommandMistake("sweep sweep.yaml --seeds a", 3, None, "'seeds.0': Input should be a valid integer"),
+    CommandMistake("ckpt export run", 2, None, "Missing option '--to'"),
+    CommandMistake("logs run --follow-x", 2, None, "Possible options: --follow"),
+    CommandMistake("generate --prompt hi --max-tokens 0", 2, None, "Input should be greater than or equal to 1"),
+    CommandMistake("generate --prompt hi --temperature -1", 2, None, "Input should be greater than or equal to 0"),
+    CommandMistake("schema spec.yaml", 2, None, "is not one of 'spec', 'sweep'"),
+    CommandMistake("serve deploy --name a/b", 10, None, "the name is part of a URL"),
+    CommandMistake("cluster use http://localhost:1", 5, None, "give the address of its dashboard"),
 ]
 
 
-def test_number_of_mistakes_is_at_least_102():
-    assert len(KEYS) + len(COMMANDS) >= 102
+FILES = {
+    "spec.yaml": QUICKSTART.read_text(),
+    "sweep.yaml": "name: x\nsizes: {small: {spec: spec.yaml}}\nruns: {dense: {preset: dense}}\n",
+    "tab.yaml": "name: x\n\tpreset: mhmoe\n",
+    "list.yaml": "- name\n",
+    "twice.yaml": "preset: mhmoe\npreset: dense\n",
+}
+
+
+def test_number_of_mistakes_is_at_least_130():
+    assert len(KEYS) + len(COMMANDS) >= 130
 
 
 @pytest.mark.parametrize("case", KEYS, ids=[case.override for case in KEYS])
@@ -173,7 +210,9 @@ def test_wrong_key_has_a_message_and_a_hint(case):
 
 @pytest.mark.parametrize("case", COMMANDS, ids=[case.arguments for case in COMMANDS])
 def test_wrong_command_has_a_message_and_a_hint(case, tmp_path):
-    (tmp_path / "spec.yaml").write_text(QUICKSTART.read_text())
+    (tmp_path / "folder").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     result = mhmoe(tmp_path, *case.arguments.split())
     assert case.message in " ".join(result.err.split())
     assert (match[1] if (match := HINT.search(result.err)) else None) == case.hint

@@ -29,7 +29,7 @@ from mhmoe_ray.errors import CheckpointError, SpecError
 from mhmoe_ray.runs import events
 from mhmoe_ray.runs.directory import CHAT_TEMPLATE, RunDir, create_empty_run, mark_imported
 from mhmoe_ray.spec import ModelSpec
-from mhmoe_ray.spec.run import NAME, NAME_LENGTH
+from mhmoe_ray.spec.base import NAME_LENGTH, RUN_NAME
 from mhmoe_ray.storage import Location, describe_file, location, make_folder, replace_file
 
 
@@ -149,7 +149,7 @@ def _checked_name(source: Path, name: str | None) -> str:
     """Return `name`, or one made from that of the folder; an invalid `name` is a SpecError."""
     if name is None:
         return run_name(source.absolute().name)
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(RUN_NAME, name):
         reason = f"it is not made of lower-case letters, digits and dashes, {NAME_LENGTH} at most"
         raise SpecError(f"name {name}", reason, "choose another name")
     return name

@@ -243,7 +243,7 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
 
 
 def _refuse_empty_subfolder(subject: str, subfolder: str, root: str, format: Format) -> NoReturn:
-    fix = "remove the folder, or correct data.sources"
+    fix = "set the source's `format`, correct its path, or move this folder out of it"
     raise DataError(f"{subject}/{subfolder}", f"{root} has no file of format {format} for it", fix)
 
 
