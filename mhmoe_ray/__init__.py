@@ -56,7 +56,7 @@ __all__ = [
     "serve",
     "submit",
 ]
-__version__ = "0.2.1"
+__version__ = "0.3.0"
 
 _MODULES = {
     "Answer": "mhmoe_ray.api.engine_thread",
