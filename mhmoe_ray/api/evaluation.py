@@ -33,10 +33,9 @@ class EvaluationOptionsError(SpecError):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Options of an evaluation, which `mhmoe eval`, `mhmoe routing` and `Run.evaluate` take.
+    """Options of an evaluation by `mhmoe eval` or `Run.evaluate`, which describes them; `mhmoe routing` takes some.
 
-    `Run.evaluate` describes them. A checkpoint is evaluated on raw text, in tasks or, without either, on held-out
-    samples.
+    A checkpoint is evaluated on raw text, in tasks, or both; with neither, on held-out samples.
     """
 
     text: Texts = ()

@@ -199,7 +199,7 @@ class RouteCounter:
         return count_routes
 
     def routing_counts(self) -> dict[str, RoutingCounts]:
-        """Return the counts of all forward passes so far, by domain."""
+        """Return the counts of the forward passes so far within `counting_routes`, by domain."""
         return {domain: counts.to_routing_counts() for domain, counts in self._counts_by_domain.items()}
 
 

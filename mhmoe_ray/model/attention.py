@@ -123,8 +123,9 @@ class Attention(nn.Module):
             return _attend_within_documents(q, k, v, documents.offset_N1)
         mask_B1TT = None if documents is None else documents.mask_B1TT
         has_grouped_queries = self.kv_heads != self.heads
-        # Of torch's attention kernels for GPUs, only the one that stores all T x T weights takes grouped queries with a
-        # mask or in float32. Keys and values are repeated, so that other kernels can be used.
+        # Of torch's attention kernels for GPUs, the memory-efficient one takes masks and float32 but no grouped
+        # queries, and the flash kernel grouped queries but neither of these. Keys and values are repeated, so that the
+        # kernel that stores all T x T weights is not used.
         if has_grouped_queries and q.device.type == "cuda" and (mask_B1TT is not None or q.dtype == torch.float32):
             k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
             has_grouped_queries = False

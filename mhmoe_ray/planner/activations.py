@@ -85,7 +85,10 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of kernel `capacity`'s masks and slots in all layers that keep them at the same time, else 0."""
+    """Return the bytes of kernel `capacity`'s masks and slots in all layers that keep them at the same time.
+
+    With any other kernel they are 0.
+    """
     # The bytes are those of the N x E x C masks (rows x experts x slots) of each choice and of their sums, and those of
     # the rows and hidden rows of every slot.
     model, moe = spec.model, spec.model.moe
@@ -104,10 +107,11 @@ def static_layout_bytes(spec: RunSpec, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time, else 0.
+    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time.
 
-    There is one averaged expert per layer and sample. It consists of weights, so its size does not depend on the
-    sample's length. The gradients, which take as much memory for one layer at a time, are left out.
+    With any other router they are 0. There is one averaged expert per layer and sample. It consists of weights, so its
+    size does not depend on the sample's length. The gradients, which take as much memory for one layer at a time, are
+    left out.
     """
     model = spec.model
     if model.moe is None or model.moe.router != "smear":

@@ -121,8 +121,8 @@ class DecoderPlan(FamilyPlan):
         If all logits exist at once, these are the float32 gradients of log-probabilities and logits. A chunked loss
         holds, in float32, its input, the logits and log-probabilities of a chunk, the log-probabilities of the chunk
         before it, and the gradient of the output layer. In the precision of matrix products, it holds the gradients of
-        the logits of one product, which covers several chunks in bfloat16, and a copy of the output layer unless ranks
-        gather it in this precision.
+        the logits of one product, which covers several chunks in bfloat16. With products in bfloat16, it also holds a
+        copy of the output layer in bfloat16, unless ranks gather it so.
         """
         tokens, vocab_size = spec.tokens_per_micro_batch, spec.model.vocab_size
         if spec.train.loss_chunk_rows is None:

@@ -85,10 +85,11 @@ class Candidate(NamedTuple):
 def search_settings(
     spec: RunSpec, nodes: Sequence[Node], count: int, free_keys: Collection[str] = frozenset(SEARCHED_KEYS)
 ) -> list[Setting]:
-    """Return the `count` fastest settings of a run that fit on nodes, the fastest first, which differ in `free_keys`.
+    """Return at most `count` settings of a run that fit into the accelerators' memory, the fastest by estimate first.
 
-    Of settings that are equally fast to a microsecond, it returns the one with the fewest precisions in bfloat16, then
-    with the largest chunks of the loss, and then with the least memory. The list is empty if none fits.
+    Only `free_keys` may differ from the spec, and the ranks have places on `nodes`. Of settings that are equally fast
+    to a microsecond, it returns the one with the fewest precisions in bfloat16, then with the largest chunks of the
+    loss, and then with the least memory. The list is empty if none fits.
     """
     settings: dict[str, Setting] = {}
     limit = MEMORY_SHARE * spec.cluster.accelerator.memory

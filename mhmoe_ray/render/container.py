@@ -7,7 +7,8 @@ from mhmoe_ray.serving.config import ENVIRONMENT
 
 TARGET_PACKAGES = {
     "serve": ("vision,vllm", ""),
-    # The head of `ray up` starts machines with boto3 and Google's two packages. The last target is the default.
+    # The head node of `ray up` starts further machines with boto3 on AWS, and with Google's packages on Google Cloud. A
+    # build without --target builds the last target.
     "train": ("deepspeed,eval,mlflow,vision,wandb", "boto3 google-api-python-client google-auth-httplib2"),
 }
 """Extras of our package, and other packages, by target."""

@@ -52,7 +52,6 @@ class PartSlice(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of tokens or rows in the slice."""
         return self.stop - self.start
 
 

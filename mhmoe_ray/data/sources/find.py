@@ -232,7 +232,8 @@ def _files_of_source(name: str, spec: DataSpec) -> list[RawFile]:
     for subfolder in spec.shared_subfolders(name):
         if subfolder not in domains:
             _refuse_empty_subfolder(subject, subfolder, root, format)
-    # Each existing subfolder must have files of the format, except those with the images that other files name.
+    # If all subfolders are read, each must have files of the format. Formats that are found by folders, and those whose
+    # files name images in folders beside them, are not checked.
     if subfolders is None and FORMATS[format].suffixes and not FORMATS[format].has_image_folders:
         existing_subfolders = {subfolder_at(root, path) for path, _ in listed_files} - {ROOT_SUBFOLDER}
         for subfolder in sorted(existing_subfolders - (filled_subfolders or domains)):

@@ -49,7 +49,7 @@ class ToolChoice(StrictRequest):
 
 
 class JsonSchema(StrictRequest):
-    """A named JSON schema."""
+    """The JSON schema that `response_format` asks for; only `schema` has an effect."""
 
     name: str
     description: Text | None = None

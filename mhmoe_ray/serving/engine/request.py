@@ -79,7 +79,7 @@ class Structure(NamedTuple):
 
 
 class Structures(Protocol):
-    """The interface of engines' structures of answers and calls of tools."""
+    """The interface by which an engine checks structures of answers, and describes and parses calls of tools."""
 
     @property
     def has_tool_parser(self) -> bool:

@@ -1,4 +1,7 @@
-"""A folder in Hugging Face's format that vLLM loads in place of a checkpoint. This module does not import vLLM."""
+"""The folder with configuration and tokenizer with which vLLM loads a checkpoint, and what vLLM can serve.
+
+The weights stay in the checkpoint. This module does not import vLLM.
+"""
 
 import json
 import math
@@ -85,8 +88,8 @@ def engine_options(model: ModelSpec, on_cpu: bool, ranks: int, argument_names: C
     # Inside a placement group, vLLM would start its ranks as Ray actors, in resources that the replica already has.
     if ranks > 1:
         options["distributed_executor_backend"] = "mp"
-    # The experts get routes from our router. Of the kernels that vLLM chooses from, those of FlashInfer, its first
-    # choice on a B200, hang unless a rank's part of an expert is a multiple of 128 wide (vllm-project/vllm#51492).
+    # Our router gives the routes, and vLLM would choose a kernel that takes them. Those of FlashInfer, its first choice
+    # on a B200, hang unless a rank's part of an expert is a multiple of 128 wide (vllm-project/vllm#51492).
     if model.moe and not on_cpu and "moe_backend" in argument_names:
         options["moe_backend"] = "triton"
     return options
