@@ -85,10 +85,7 @@ def _attention_bytes(model: ModelSpec, size: int) -> int:
 
 
 def static_layout_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of kernel `capacity`'s masks and slots in all layers that keep them at the same time.
-
-    With any other kernel they are 0.
-    """
+    """Return the bytes of masks and slots of kernel `capacity`, 0 of others, in all layers that keep them at a time."""
     # The bytes are those of the N x E x C masks (rows x experts x slots) of each choice and of their sums, and those of
     # the rows and hidden rows of every slot.
     model, moe = spec.model, spec.model.moe
@@ -107,9 +104,9 @@ def static_layout_bytes(spec: RunSpec, size: int) -> int:
 
 
 def merged_expert_bytes(spec: RunSpec, size: int) -> int:
-    """Return the bytes of the averaged experts of router smear in all layers that keep them at the same time.
+    """Return the bytes of averaged experts of router smear, 0 of others, in all layers that keep them at a time.
 
-    With any other router they are 0. There is one averaged expert per layer and sample. It consists of weights, so its
+    There is one averaged expert per layer and sample. It consists of weights, so its
     size does not depend on the sample's length. The gradients, which take as much memory for one layer at a time, are
     left out.
     """

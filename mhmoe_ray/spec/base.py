@@ -50,7 +50,9 @@ def _explain_names(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
     except ValidationError:
-        raise ValueError("a name is short and has only lower-case letters, digits and dashes, but none first") from None
+        raise ValueError(
+            "use a short name of only lower-case letters, digits and dashes, without a dash first"
+        ) from None
 
 
 NAME_LENGTH = 41

@@ -110,7 +110,6 @@ KEYS = [
     KeyMistake("serve.engine=sglang", None, "'serve.engine': Input should be 'torch' or 'vllm'"),
     KeyMistake("wandb.project=x", None, "known keys here: name"),
     KeyMistake("name=my run", None, "only lower-case letters, digits and dashes"),
-    KeyMistake("name=../x", None, "only lower-case letters, digits and dashes"),
     KeyMistake("train.lr=1e-3,train.steps=5", None, "'train.lr': Input should be a valid number"),
     KeyMistake("train.precision=fp8", None, "leave this key out"),
     KeyMistake("data.sources=docs", None, "'data.sources': Input should be a valid dictionary"),

@@ -70,10 +70,7 @@ def decompress(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
 
 
 def decompress_at_once(chunks: Iterator[bytes], name: str, file_size: int) -> bytes:
-    """Return the content of a file, as `decompress` yields it; a DamageError if it inflates too much.
-
-    The content may have MAX_INFLATION times `file_size`, and at least MIN_CONTENT_LIMIT bytes.
-    """
+    """Return the content of a file; a DamageError above MAX_INFLATION times `file_size` and MIN_CONTENT_LIMIT bytes."""
     limit = max(MIN_CONTENT_LIMIT, MAX_INFLATION * file_size)
     pieces, content_size = list[bytes](), 0
     for piece in decompress(chunks, name):
